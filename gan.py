@@ -1,0 +1,1385 @@
+# SPDX-License-Identifier: MIT
+"""A class-conditional GAN for your own images, in one file that can be read in one sitting.
+
+    python gan.py train --loss ns                                   # no data needed: learns generated flowers
+    python gan.py train --loss hinge --cond --data FOLDER --size 64 # your images, one folder per class
+    python gan.py eval --trunc 0.7                                  # scores and pictures of the newest run
+    python gan.py sample --interpolate --out walk.png
+
+A residual generator with adaptive batch norm on noise and class, a projection discriminator with spectral norm
+(arXiv 1802.05957, 1802.05637), differentiable augmentation (2006.10738), averaged weights and exact truncation.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import typing
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.data import ConcatDataset
+from torchvision.datasets.utils import download_url, extract_archive
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
+from torchvision.utils import make_grid
+
+DATASETS = ("synthetic", "flowers17", "mnist", "fashion", "usps", "cifar10", "celeba", "flowers102")
+DIGITS = ("mnist", "fashion", "usps")  # gray, and not to be mirrored
+
+
+class UserError(ValueError):
+    """Something asked for cannot be done; the message says what would work. Commands print it and exit with 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config: every hyper-parameter once; the flags of `train` are made from it
+
+
+def option(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """All hyper-parameters of a run. None means: chosen from the data when the run starts (see `resolve`)."""
+
+    loss: str = option("ns", "adversarial loss", ("ns", "hinge", "minimax", "lsgan", "wgan"))
+    cond: bool = option(False, "condition on the class; needs data with classes")
+    data: str = option("synthetic", f"a folder of images or of class folders, or one of {', '.join(DATASETS)}")
+    data_dir: str = option("data", "where the named data sets lie or are downloaded to")
+    size: int | None = option(None, "image height and width in pixels, a power of two from 16 to 256 (64; synthetic 32)")
+    channels: int | None = option(None, "1 for gray, 3 for colour (1 for mnist, fashion and usps, else 3)")
+    flip: bool | None = option(None, "mirror half of the images at random (on, but off for digits)")
+    augment: str = option("auto", "auto, none, or a list out of color,translation,cutout")
+
+    width: int | None = option(None, "channels at full resolution (size / 2)")
+    max_width: int = option(512, "most channels of any layer")
+    z_dim: int = option(128, "length of the noise vector")
+
+    epochs: float = option(150, "passes over the data")
+    steps: int | None = option(None, "training steps, instead of epochs")
+    batch: int = option(64, "images a step")
+    lr_G: float = option(1e-4, "Adam's learning rate of the generator")
+    lr_D: float = option(4e-4, "Adam's learning rate of the discriminator")
+    beta1: float = option(0.0, "Adam's first beta, in [0, 1)")
+    beta2: float = option(0.999, "Adam's second beta, in [0, 1)")
+    d_steps: int = option(1, "discriminator updates a step")
+    g_steps: int = option(1, "generator updates a step")
+    label_smoothing: float = option(0.0, "real target 1 - this, in [0, 1); for ns, minimax and lsgan")
+    ema_images: float = option(20_000, "half-life of the averaged weights in images")
+    ema_ramp: float = option(0.05, "the half-life is at most this share of the images seen")
+
+    seed: int = option(0, "seed of weights, noise and data order")
+    device: str = option("auto", "auto (cuda if there is one), cpu, cuda, cuda:1, ...")
+    amp: str = option("auto", "mixed precision; auto: bf16 or else fp16 on cuda, off on cpu", ("auto", "bf16", "fp16", "off"))
+    runs: str = option("runs", "folder that holds the runs")
+    name: str | None = option(None, "name of the run's folder (the next free number and what it is)")
+    log_every: int = option(20, "steps between two lines of log.jsonl")
+    sample_every: float = option(10, "epochs between two sample grids; a checkpoint goes with each")
+    save_minutes: float = option(5, "write the checkpoint at least this often")
+    tensorboard: bool = option(False, "write TensorBoard events too; needs the package tensorboard")
+
+    def check(self):
+        """Raises UserError at the first value out of its range."""
+        positive = ("max_width", "z_dim", "epochs", "lr_G", "lr_D", "d_steps", "g_steps", "ema_images", "ema_ramp",
+                    "log_every", "sample_every", "save_minutes")
+        rules = [(getattr(self, name) > 0, f"--{name} must be positive") for name in positive]
+        rules += [
+            (self.size is None or self.size in (16, 32, 64, 128, 256), "--size must be 16, 32, 64, 128 or 256"),
+            (self.channels in (None, 1, 3), "--channels must be 1 or 3"),
+            (self.width is None or self.width > 0, "--width must be positive"),
+            (self.steps is None or self.steps > 0, "--steps must be positive"),
+            (self.batch > 1, "--batch must be at least 2: batch norm needs company"),
+            (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "--beta1 and --beta2 must be in [0, 1)"),
+            (0 <= self.label_smoothing < 1, "--label-smoothing must be in [0, 1)"),
+            (not self.label_smoothing or self.loss in SMOOTHABLE, f"--label-smoothing goes with {', '.join(SMOOTHABLE)}"),
+            (self.seed >= 0, "--seed must not be negative"),
+        ]
+        for f in fields(self):
+            allowed = f.metadata["choices"]
+            rules.append((not allowed or getattr(self, f.name) in allowed, f"--{f.name} must be one of {allowed}"))
+        for right, message in rules:
+            if not right:
+                raise UserError(message.replace("_", "-"))
+        parse_policy("" if self.augment == "auto" else self.augment)
+
+
+def resolve(config):
+    """A copy of config with every None that depends on the kind of data filled in, and a folder's path made absolute."""
+    config.check()
+    named = config.data in DATASETS
+    size = config.size or (32 if config.data == "synthetic" else 64)
+    return replace(
+        config,
+        data=config.data if named else str(Path(config.data).expanduser().resolve()),
+        size=size,
+        width=config.width or size // 2,
+        channels=config.channels or (1 if config.data in DIGITS else 3),
+        flip=config.data not in DIGITS if config.flip is None else config.flip,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+def conv_pool(conv, x):
+    """avg_pool2d(conv(x), 2) of a 3x3 conv as one 4x4 conv of stride 2: 4/9 of the multiply-adds. [N,C,H,W] -> [N,K,H/2,W/2]"""
+    # The mean of a 3x3 kernel and its copies moved by one pixel is that kernel, average-pooled with padding.
+    return F.conv2d(x, F.avg_pool2d(conv.weight, 2, stride=1, padding=1), conv.bias, stride=2, padding=1)
+
+
+def upsample_conv(conv, x):
+    """conv(nearest upsampling of x) of a 3x3 conv as one 4x4 transposed conv of stride 2. [N,C,H,W] -> [N,K,2H,2W]"""
+    weight = conv.weight.transpose(0, 1).flip(2, 3)
+    return F.conv_transpose2d(x, 4 * F.avg_pool2d(weight, 2, stride=1, padding=1), conv.bias, stride=2, padding=1)
+
+
+class AdaptiveBatchNorm(nn.Module):
+    """Batch norm whose gain, 1 + linear(e), and bias, linear(e), come from an embedding. h[N,C,H,W], e[N,E] -> [N,C,H,W]"""
+
+    def __init__(self, channels, embedding):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.gain_bias = nn.Linear(embedding, 2 * channels)
+
+    def forward(self, h, e):
+        gain, bias = self.gain_bias(e)[:, :, None, None].chunk(2, dim=1)
+        return torch.addcmul(bias, self.norm(h), 1 + gain)
+
+
+class GeneratorBlock(nn.Module):
+    """Pre-activation residual block that doubles the resolution. Norm, ReLU and the 1x1 skip commute with nearest
+    upsampling, so they run before it."""
+
+    def __init__(self, c_in, c_out, embedding):
+        super().__init__()
+        self.norm1 = AdaptiveBatchNorm(c_in, embedding)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = AdaptiveBatchNorm(c_out, embedding)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, e):
+        h = upsample_conv(self.conv1, F.relu(self.norm1(x, e)))
+        h = self.conv2(F.relu(self.norm2(h, e)))
+        return h + F.interpolate(self.skip(x), scale_factor=2)
+
+
+class Generator(nn.Module):
+    """Noise and class to images: z[N,z_dim], y[N] int64 or None -> [N,channels,size,size] float32 in [-1,1].
+
+    The class embedding has z's length and is concatenated to z; both feed the first layer and every adaptive norm.
+    num_classes=0 is unconditional. Raises UserError for a size that is no power of two from 16 to 256.
+    """
+
+    def __init__(self, size=64, channels=3, width=32, max_width=512, z_dim=128, num_classes=0):
+        super().__init__()
+        widths = channel_widths(size, width, max_width)[::-1]
+        self.size, self.channels, self.z_dim, self.num_classes = size, channels, z_dim, num_classes
+        self.embed = nn.Embedding(num_classes, z_dim) if num_classes else None
+        embedding = 2 * z_dim if num_classes else z_dim
+        self.linear = nn.Linear(embedding, widths[0] * 4 * 4)
+        self.blocks = nn.ModuleList(GeneratorBlock(a, b, embedding) for a, b in itertools.pairwise(widths))
+        self.norm = nn.BatchNorm2d(widths[-1])
+        self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        orthogonal_init(self, (nn.Conv2d, nn.Linear))  # the embedding stays normal, on the scale of z
+
+    def forward(self, z, y=None):
+        e = torch.cat([z, self.embed(y)], dim=1) if self.num_classes else z
+        h = self.linear(e).view(len(z), -1, 4, 4).contiguous(memory_format=torch.channels_last)
+        for block in self.blocks:
+            h = block(h, e)
+        return torch.tanh(self.conv(F.relu(self.norm(h))).float())
+
+
+class SpectralNorm(nn.Module):
+    """Parametrization weight -> weight / its largest singular value (arXiv 1802.05957), in float32 even under autocast.
+
+    One power iteration in every training forward. The weight is seen as [shape[0], rest].
+    """
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("u", F.normalize(torch.randn(weight.shape[0]), dim=0))
+        self.register_buffer("v", F.normalize(torch.randn(weight[0].numel()), dim=0))
+        for _ in range(15):
+            self.iterate(weight.detach().flatten(1))
+
+    @torch.no_grad()
+    def iterate(self, matrix):
+        self.v.copy_(F.normalize(matrix.T.mv(self.u), dim=0))
+        self.u.copy_(F.normalize(matrix.mv(self.v), dim=0))
+
+    def forward(self, weight):
+        with torch.autocast(weight.device.type, enabled=False):
+            matrix = weight.flatten(1)
+            if self.training:
+                self.iterate(matrix)
+            # Clones, since a second forward may move u and v before the first one's backward.
+            sigma = self.u.clone().dot(matrix.mv(self.v.clone()))
+            return weight / sigma
+
+
+class DiscriminatorBlock(nn.Module):
+    """Pre-activation residual block that halves the resolution; the 1x1 skip is pooled first, which is the same."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.relu(x))
+        return conv_pool(self.conv2, F.relu(h)) + self.skip(F.avg_pool2d(x, 2))
+
+
+class Discriminator(nn.Module):
+    """Images and class to raw logits: x[N,channels,size,size] in [-1,1], y[N] int64 or None -> [N] float32.
+
+    Spectral norm on every layer; with num_classes > 0 the logit is psi(phi(x)) + <phi(x), embed(y)> (arXiv 1802.05637).
+    Raises UserError for a size that is no power of two from 16 to 256.
+    """
+
+    def __init__(self, size=64, channels=3, width=32, max_width=512, num_classes=0):
+        super().__init__()
+        widths = channel_widths(size, width, max_width)
+        self.num_classes = num_classes
+        self.conv = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList(DiscriminatorBlock(a, b) for a, b in itertools.pairwise(widths))
+        self.linear = nn.Linear(widths[-1], 1)
+        self.embed = nn.Embedding(num_classes, widths[-1]) if num_classes else None
+        for layer in orthogonal_init(self, (nn.Conv2d, nn.Linear, nn.Embedding)):
+            parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
+
+    def forward(self, x, y=None):
+        h = self.conv(x.contiguous(memory_format=torch.channels_last))
+        for block in self.blocks:
+            h = block(h)
+        with torch.autocast(x.device.type, enabled=False):
+            phi = F.relu(h.float()).sum(dim=(2, 3))  # [N,C]
+            logits = self.linear(phi).squeeze(1)
+            if self.num_classes:
+                logits = logits + (phi * self.embed(y)).sum(dim=1)
+        return logits
+
+
+def channel_widths(size, width, max_width):
+    """Channels at size, size/2, ..., 4 pixels: doubled at every halving, up to max_width."""
+    if size not in (16, 32, 64, 128, 256):
+        raise UserError(f"size must be 16, 32, 64, 128 or 256, not {size}")
+    return [min(max_width, width * 2**i) for i in range(int(math.log2(size)) - 1)]
+
+
+def orthogonal_init(net, kinds):
+    """Orthogonal weights and zero biases for the layers of these kinds, which are returned."""
+    layers = [layer for layer in net.modules() if isinstance(layer, kinds)]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight)
+        if getattr(layer, "bias", None) is not None:
+            nn.init.zeros_(layer.bias)
+    return layers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses: d_loss(real_logits[N], fake_logits[N]) and g_loss(fake_logits[N]), each a scalar to minimise
+
+
+def d_bce(real_logits, fake_logits, smoothing=0.0):
+    real = (1 - smoothing) * F.softplus(-real_logits) + smoothing * F.softplus(real_logits)
+    return real.mean() + F.softplus(fake_logits).mean()  # -log sigmoid(real) - log(1 - sigmoid(fake))
+
+
+def g_ns(fake_logits):
+    return F.softplus(-fake_logits).mean()  # -log sigmoid(fake)
+
+
+def g_minimax(fake_logits):
+    return -F.softplus(fake_logits).mean()  # log(1 - sigmoid(fake)), which saturates
+
+
+def d_hinge(real_logits, fake_logits):
+    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+
+
+def g_linear(fake_logits):
+    return -fake_logits.mean()
+
+
+def d_lsgan(real_logits, fake_logits, smoothing=0.0):
+    return ((real_logits - 1 + smoothing) ** 2).mean() / 2 + (fake_logits**2).mean() / 2
+
+
+def g_lsgan(fake_logits):
+    return ((fake_logits - 1) ** 2).mean() / 2
+
+
+def d_wgan(real_logits, fake_logits):
+    return fake_logits.mean() - real_logits.mean()  # the Lipschitz bound is the spectral norm's work
+
+
+LOSSES = {
+    "ns": (d_bce, g_ns),  # arXiv 1406.2661, section 3's non-saturating form
+    "hinge": (d_hinge, g_linear),  # arXiv 1705.02894
+    "minimax": (d_bce, g_minimax),  # arXiv 1406.2661
+    "lsgan": (d_lsgan, g_lsgan),  # arXiv 1611.04076, a = 0, b = c = 1
+    "wgan": (d_wgan, g_linear),  # arXiv 1701.07875
+}
+SMOOTHABLE = ("ns", "minimax", "lsgan")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Differentiable augmentation (arXiv 2006.10738): the same on real and fake, so the discriminator cannot learn the data
+# by heart and the generator does not learn the augmentation
+
+
+def augment_color(x):
+    """Brightness by up to +-0.5 (the range is 2), saturation times [0, 2], contrast times [0.5, 1.5]."""
+    brightness, saturation, contrast = torch.rand(3, len(x), 1, 1, 1, device=x.device, dtype=x.dtype)
+    x = x + (brightness - 0.5)
+    gray = x.mean(dim=1, keepdim=True)
+    x = gray + (x - gray) * (2 * saturation)
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)
+    return mean + (x - mean) * (contrast + 0.5)
+
+
+def augment_translation(x):
+    """Moves each image by up to an eighth of its sides; zeros come in."""
+    n, _, h, w = x.shape
+    # A move is a product with a shifted identity on either side: dense, differentiable and quick at these sizes.
+    rows = torch.arange(h, device=x.device) - torch.randint(-h // 8, h // 8 + 1, (n, 1), device=x.device)  # [N,H]
+    cols = torch.arange(w, device=x.device) - torch.randint(-w // 8, w // 8 + 1, (n, 1), device=x.device)  # [N,W]
+    move_rows = (rows[:, :, None] == torch.arange(h, device=x.device)).to(x.dtype)  # [N,H,H]
+    move_cols = (cols[:, None, :] == torch.arange(w, device=x.device)[:, None]).to(x.dtype)  # [N,W,W]
+    return move_rows[:, None] @ x @ move_cols[:, None]
+
+
+def augment_cutout(x):
+    """Zeroes a square of half the side, centred anywhere in the image."""
+    n, _, h, w = x.shape
+    rows = torch.arange(h, device=x.device) - torch.randint(h, (n, 1), device=x.device)  # [N,H], 0 at the centre
+    cols = torch.arange(w, device=x.device) - torch.randint(w, (n, 1), device=x.device)  # [N,W]
+    in_rows = (rows >= -(h // 4)) & (rows < h // 4)
+    in_cols = (cols >= -(w // 4)) & (cols < w // 4)
+    return x.masked_fill((in_rows[:, :, None] & in_cols[:, None, :])[:, None], 0)
+
+
+AUGMENTATIONS = {"color": augment_color, "translation": augment_translation, "cutout": augment_cutout}
+
+
+def parse_policy(policy):
+    """The augmentations that a policy names. Raises UserError for an unknown one."""
+    names = [] if policy in ("", "none") else policy.split(",")
+    for name in names:
+        if name not in AUGMENTATIONS:
+            raise UserError(f"unknown augmentation {name!r}; there are {', '.join(AUGMENTATIONS)}, auto and none")
+    return [AUGMENTATIONS[name] for name in names]
+
+
+def diff_augment(x, policy):
+    """Augments each image of x[N,C,H,W] in [-1,1] at random; gradients flow through (arXiv 2006.10738).
+
+    policy lists color, translation and cutout, as in "color,translation"; "" and "none" leave x as it is.
+    Raises UserError for an unknown name.
+    """
+    for augmentation in parse_policy(policy):
+        x = augmentation(x)
+    return x
+
+
+def auto_policy(n):
+    """The augmentation that n training images call for."""
+    policies = ((5_000, "color,translation,cutout"), (20_000, "translation,cutout"), (50_000, "cutout"))
+    return next((policy for limit, policy in policies if n < limit), "none")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Source(typing.NamedTuple):
+    """Where images come from: read(i) -> (uint8 [C,H,W] of any size, class name or None) for the item names[i]."""
+
+    names: list[str]
+    read: typing.Callable
+    files: list[Path]  # what the images are made of; their names, sizes and times are the cache's key
+
+
+def load_images(data, size, channels, data_dir="data"):
+    """All images of a folder or of a named data set, centre-cropped and resized; decoded once, then kept in a cache.
+
+    data: a folder, searched recursively (JPEG, PNG, WebP, GIF, BMP, TIFF); its sub-folders are the classes if every image
+    lies in one. Or a name out of DATASETS, which lie in data_dir or are downloaded there. Transparency turns white.
+    Returns uint8 images [N,channels,size,size], a memory map of the cache; int64 labels [N]; the class names, none
+    ([]) without classes. Raises UserError when there is no usable image.
+    """
+    if data == "synthetic":
+        return synthetic_flowers(size, channels)
+    source = open_dataset(data, Path(data_dir)) if data in DATASETS else open_folder(Path(data).expanduser())
+    folder = cache_folder() / f"images-{fingerprint(source, size, channels)}"
+    cached = read_cache(folder, size, channels)
+    if cached is None:
+        try:
+            cached = write_cache(folder, decoded(source, size, channels)) or read_cache(folder, size, channels)
+        except OSError as error:
+            print(f"the images stay in memory, since they cannot be cached: {error}")
+            images, class_of = zip(*decoded(source, size, channels))
+            cached = torch.stack(images), list(class_of)
+    images, class_of = cached
+    classes = [] if None in class_of else sorted(set(class_of), key=natural)
+    index = {name: i for i, name in enumerate(classes)}
+    return images, torch.tensor([index.get(name, 0) for name in class_of]), classes
+
+
+def natural(name):
+    """Sort key that puts 9 before 10."""
+    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", name)]
+
+
+def open_folder(folder, class_of=None):
+    """The Source of a folder. class_of(relative path) -> class name or None; by default the first sub-folder's name."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; --data takes a folder of images or one of {', '.join(DATASETS)}")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    names = [path.relative_to(folder) for path in files]
+    class_of = class_of or (lambda name: name.parts[0] if len(name.parts) > 1 else None)
+    return Source([str(name) for name in names], lambda i: (decode(files[i]), class_of(names[i])), files)
+
+
+def decode(path):
+    """The image of a file, upright, on white where it is transparent, as uint8 [1 or 3,H,W]. Raises if it is none."""
+    from PIL import Image, ImageOps  # torchvision's own image library; the decoders in torchvision.io are on their way out
+
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I"):  # 16 bits a pixel
+        return torch.from_numpy((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))[None]
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return pil_to_tensor(image.convert("RGB"))
+
+
+def fit(image, size, channels):
+    """uint8 [1 or 3,H,W] -> uint8 [channels,size,size]: the centre square, resized with antialiasing."""
+    image = resize(center_crop(image, min(image.shape[1:])), [size, size], antialias=True)
+    return gray(image) if channels < len(image) else image.expand(channels, -1, -1)
+
+
+def gray(images):
+    """uint8 [...,3,H,W] -> uint8 [...,1,H,W]"""
+    return rgb_to_grayscale(images.float()).round().to(torch.uint8)
+
+
+TORCHVISION = {  # name: (class in torchvision.datasets, the arguments of each part, its files below data_dir)
+    "mnist": ("MNIST", [{}], "MNIST/raw/*"),
+    "fashion": ("FashionMNIST", [{}], "FashionMNIST/raw/*"),
+    "usps": ("USPS", [{}], "usps*.bz2"),
+    "cifar10": ("CIFAR10", [{}], "cifar-10-batches-py/*"),
+    "celeba": ("CelebA", [{"split": "train"}], "celeba/*"),
+    "flowers102": ("Flowers102", [{"split": s} for s in ("train", "val", "test")], "flowers-102/**/*"),
+}
+FLOWERS17_URL = "https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz"
+FLOWERS17_MD5 = "b59a65d8d1a99cd66944d474e1289eab"
+
+
+def open_dataset(name, root):
+    """The Source of a named data set, downloaded to the folder root if it is not there."""
+    try:
+        if name == "flowers17":
+            return open_flowers17(root)
+        kind, parts, pattern = TORCHVISION[name]
+        dataset = ConcatDataset([getattr(torchvision.datasets, kind)(str(root), download=True, **part) for part in parts])
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{name} is not in {root} (see --data-dir) and cannot be downloaded: {error}")
+
+    def read(i):
+        image, label = dataset[i]
+        return pil_to_tensor(image), str(label) if isinstance(label, int) else None  # CelebA's are attributes
+
+    return Source([f"{name} {i}" for i in range(len(dataset))], read, sorted(root.glob(pattern)))
+
+
+def open_flowers17(root):
+    """The Oxford 17-category flowers: jpg/image_0001.jpg to image_1360.jpg, 80 of a class in order."""
+    folder = root / "flowers17"
+    if not folder.is_dir():
+        download_url(FLOWERS17_URL, str(root), "17flowers.tgz", FLOWERS17_MD5)
+        with tempfile.TemporaryDirectory(dir=root) as unpacked:
+            extract_archive(str(root / "17flowers.tgz"), unpacked)
+            os.replace(unpacked, folder)
+            os.mkdir(unpacked)  # for TemporaryDirectory to remove
+    return open_folder(folder / "jpg", lambda name: str((int(name.stem[-4:]) - 1) // 80))
+
+
+def decoded(source, size, channels):
+    """Yields (uint8 [channels,size,size], class name or None) of all that can be read; names and counts the rest."""
+
+    def item(i):
+        try:
+            image, class_name = source.read(i)
+            return fit(image, size, channels), class_name
+        except Exception as error:  # decoders raise errors of every kind for files that are damaged or no images
+            return f"{source.names[i]} ({type(error).__name__})"
+
+    skipped, shown = [], time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: decoding and resizing release Python's lock
+        for i, result in enumerate(pool.map(item, range(len(source.names)))):
+            if isinstance(result, str):
+                skipped.append(result)
+            else:
+                yield result
+            if time.monotonic() - shown > 2:
+                shown = time.monotonic()
+                show(f"decoded {i + 1} of {len(source.names)} files")
+    if skipped:
+        more = f" and {len(skipped) - 10} more" if len(skipped) > 10 else ""
+        print(f"skipped {len(skipped)} of {len(source.names)} files that are no readable image: {', '.join(skipped[:10])}{more}")
+    if len(skipped) == len(source.names):
+        raise UserError("no usable image: give a folder that holds pictures (JPEG, PNG, WebP, GIF, BMP, TIFF)")
+
+
+def cache_folder():
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gan.py"
+
+
+def fingerprint(source, size, channels):
+    """A key that changes with the size and channels asked for and with any file's name, size or time."""
+    key = hashlib.sha256(f"1 {size} {channels} {source.names}".encode())
+    for path in source.files:
+        stat = path.stat()
+        key.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return key.hexdigest()[:32]
+
+
+def write_cache(folder, items):
+    """Writes the items of `decoded` as they come; the folder appears under its name only when it is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
+    try:
+        class_of = []
+        with open(unfinished / "images.u8", "wb") as file:
+            for image, class_name in items:
+                file.write(image.numpy().tobytes())
+                class_of.append(class_name)
+        (unfinished / "classes.json").write_text(json.dumps(class_of))
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_cache(folder, size, channels):
+    """(images [N,channels,size,size], a memory map; N class names or None), or None if there is no intact cache."""
+    try:
+        class_of = json.loads((folder / "classes.json").read_text())
+        shape = (len(class_of), channels, size, size)
+        if (folder / "images.u8").stat().st_size != math.prod(shape):
+            return None
+        # Mode c: writable for torch's sake, though what is written would stay in memory.
+        return torch.from_numpy(np.memmap(folder / "images.u8", np.uint8, "c", shape=shape)), class_of
+    except (OSError, ValueError):
+        return None
+
+
+def synthetic_flowers(size, channels, per_class=80, classes=17):
+    """Flowers drawn by code: petals, colours, centre and ground differ by class; place, size, angle and shade within.
+
+    Returns what load_images returns. The same images at every call.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = torch.cat(list(pool.map(lambda c: draw_flowers(c, per_class, size), range(classes))))
+    images = gray(images) if channels == 1 else images
+    return images, torch.arange(classes).repeat_interleave(per_class), [f"flower {c}" for c in range(classes)]
+
+
+def draw_flowers(c, n, size):
+    """n flowers of class c, as uint8 [n,3,size,size]. Coordinates run from -1 to 1, y downwards."""
+    rng = np.random.default_rng([17, c])
+    grid = np.linspace(-1 + 1 / size, 1 - 1 / size, size, dtype=np.float32)
+    x, y = grid[None, None, :], grid[None, :, None]  # [1,1,W], [1,H,1]
+
+    def vary(low, high):
+        return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
+
+    def rgb(hue, saturation, value):  # [n,1,1] each -> [n,1,1,3]
+        k = (6 * hue[..., None] + np.array([5, 3, 1], np.float32)) % 6
+        return value[..., None] * (1 - saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
+
+    def paint(colour, light, inside):  # inside: signed distance to the edge, one pixel of which is blended
+        mask = np.clip(inside * size / 2 + 0.5, 0, 1)[..., None]
+        canvas[:] += (colour * light[..., None] - canvas) * mask
+
+    # What makes the class. Hues go round from blue over red to yellow and leave out the leaves' green.
+    petals, hue = (5, 7, 4, 6, 10)[c % 5], (0.52 + 0.66 * (c * 0.618 % 1)) % 1
+    vivid, bright = ((0.9, 1.0), (0.4, 1.0), (0.85, 0.7))[c // 2 % 3]
+    petal_width, heart, pointed = (1.0, 0.75, 1.2)[c % 3] * 1.9 / petals, (0.2, 0.3, 0.15, 0.25)[c % 4], c % 2
+    ground_hue, ground_vivid, ground_bright = ((0.58, 0.4, 0.9), (0.3, 0.6, 0.4), (0.12, 0.25, 0.95), (0.7, 0.3, 0.2))[c % 4]
+
+    # What varies within it.
+    cx, cy, radius, turn = vary(-0.15, 0.15), vary(-0.2, 0.05), vary(0.6, 0.85), vary(0, 2 * np.pi)
+    bend, shade = vary(-0.2, 0.2), vary(0.8, 1.1)
+    petal_colour = rgb(hue + vary(-0.025, 0.025), vivid, bright * shade)
+    canvas = rgb(ground_hue + vary(-0.03, 0.03), ground_vivid, ground_bright * vary(0.85, 1.05)) * (1 - 0.2 * y[..., None])
+    canvas = np.broadcast_to(canvas, (n, size, size, 3)).copy()
+
+    stem = np.minimum(0.06 - np.abs(x - cx - bend * (y - cy) ** 2), y - cy)
+    paint(rgb(vary(0.3, 0.33), 0.7, vary(0.4, 0.5)), np.ones_like(stem), stem)
+    for angle in (turn + 2 * np.pi * k / petals for k in range(petals)):
+        along = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / radius  # 0 at the heart, 1 at the petal's tip
+        across = np.abs((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / radius
+        t = np.clip(along, 0, 1)
+        half = petal_width * (2 * t * (1 - t) if pointed else np.sqrt(t * (1 - t)) * (0.4 + 0.8 * t)) - (t != along)
+        light = (0.6 + 0.4 * t) * (1 - 0.4 * np.clip(across / (half.clip(0) + 0.01), 0, 1) ** 2)
+        paint(petal_colour, light, (half - across) * radius)
+    from_heart = np.hypot(x - cx, y - cy) / radius
+    heart_colour = rgb(vary(0.12, 0.14), 0.85, vary(0.9, 1.0)) if c % 3 else rgb(vary(0.06, 0.08), 0.8, vary(0.35, 0.45))
+    paint(heart_colour, 1 - 0.3 * from_heart / heart, (heart - from_heart) * radius)
+    pixels = (np.clip(canvas, 0, 1) * 255).round().astype(np.uint8)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def place(images, device):
+    """images on the device if they take less than half of its free memory, else as they are, on the CPU."""
+    fits = device.type != "cuda" or images.numel() < torch.cuda.mem_get_info(device)[0] / 2
+    return images.to(device) if fits else images
+
+
+def batches(images, labels, config, device, start=0):
+    """Endless (x[B,C,H,W] float in [-1,1], y[B]) on the device, from the batch number `start` on.
+
+    Each epoch's order comes from the seed and the epoch alone, so a resumed run goes on with the very next batch; what
+    does not fill a batch is left out of an epoch.
+    """
+    per_epoch = len(images) // config.batch
+    order = None
+    for epoch, i in (divmod(k, per_epoch) for k in itertools.count(start)):
+        if order is None or i == 0:
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(images), generator=generator)
+        index = order[i * config.batch : (i + 1) * config.batch]
+        x = images[index.to(images.device)].to(device, non_blocking=True).float() / 127.5 - 1
+        if config.flip:
+            x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+        yield x, labels[index].to(device, non_blocking=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def sample_z(n, z_dim, trunc=None, generator=None, device=None):
+    """Noise [n,z_dim], float32: standard normal, or with trunc restricted to |z_i| <= trunc.
+
+    The restriction is exact, by the inverse of the normal's distribution function: no value is clamped or redrawn.
+    Drawn where the generator lives (without one: on the device), then moved to the device. Raises UserError unless
+    trunc > 0.
+    """
+    at = generator.device if generator is not None else device
+    if trunc is None:
+        return torch.randn(n, z_dim, generator=generator, device=at).to(device)
+    if not trunc > 0:
+        raise UserError(f"trunc must be positive, not {trunc}")
+    u = 2 * torch.rand(n, z_dim, generator=generator, device=at, dtype=torch.float64) - 1
+    # P(|z| <= trunc) = erf(trunc / sqrt 2)
+    return (math.sqrt(2) * torch.erfinv(u * math.erf(trunc / math.sqrt(2)))).float().to(device)
+
+
+def sample_y(n, num_classes, generator):
+    """Classes drawn evenly, int64 [n]; None for an unconditional network."""
+    return torch.randint(num_classes, (n,), generator=generator) if num_classes else None
+
+
+def device_of(net):
+    return next(net.parameters()).device
+
+
+@torch.no_grad()
+def with_standing_statistics(G, trunc=None, n_batches=20, batch=64):
+    """A copy of G, in eval mode, whose batch norms hold the statistics of z drawn with this trunc and of all classes.
+
+    The statistics of other z shift every layer: samples at trunc 0.7 with those of untruncated z are far worse.
+    """
+    G = copy.deepcopy(G).train()
+    for norm in (m for m in G.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(n_batches):
+        y = sample_y(batch, G.num_classes, generator)
+        G(sample_z(batch, G.z_dim, trunc, generator, device_of(G)), None if y is None else y.to(device_of(G)))
+    return G.eval()
+
+
+@torch.no_grad()
+def render(G, z, y=None, batch=64):
+    """uint8 images [n,C,H,W] on the CPU of z[n,z_dim] and y[n] or None, with G as it is."""
+    chunks = zip(z.split(batch), itertools.repeat(None) if y is None else y.to(z.device).split(batch))
+    return torch.cat([((G(zi, yi) + 1) * 127.5).round().to(torch.uint8).cpu() for zi, yi in chunks])
+
+
+def generate(G, n, trunc=None, classes=None, seed=0):
+    """n samples of G as uint8 [n,C,H,W]; the same seed gives the same noise on every device. G stays as it is.
+
+    trunc: bound of |z_i|, None for no bound; the batch norms get statistics of their own for it. classes: indices to
+    go through in turn; None draws them evenly. Raises UserError for a class or trunc out of range.
+    """
+    classes = check_classes(G, classes)
+    generator = torch.Generator().manual_seed(seed)
+    z = sample_z(n, G.z_dim, trunc, generator, device_of(G))
+    y = sample_y(n, G.num_classes, generator) if classes is None else classes.repeat(-(-n // len(classes)))[:n]
+    return render(with_standing_statistics(G, trunc), z, y)
+
+
+def check_classes(G, classes):
+    """classes as an int64 tensor, or None. Raises UserError where G has no such class."""
+    if classes is None:
+        return None
+    if not G.num_classes:
+        raise UserError("this generator is unconditional: it takes no classes; train one with --cond")
+    classes = torch.as_tensor(classes, dtype=torch.int64)
+    if not len(classes) or classes.min() < 0 or classes.max() >= G.num_classes:
+        raise UserError(f"classes must be from 0 to {G.num_classes - 1}, not {classes.tolist()}")
+    return classes
+
+
+def sample_grid(G, trunc=None, classes=None, columns=10, seed=0):
+    """A picture [3 or 1,H,W] of samples: a row for each class, the same z down each column; 8 rows of z without classes."""
+    G_standing = with_standing_statistics(G, trunc)
+    generator = torch.Generator().manual_seed(seed)
+    if G.num_classes:
+        classes = torch.arange(G.num_classes) if classes is None else check_classes(G, classes)
+        z = sample_z(columns, G.z_dim, trunc, generator, device_of(G)).repeat(len(classes), 1)
+        return tile(render(G_standing, z, classes.repeat_interleave(columns)), columns)
+    return tile(render(G_standing, sample_z(8 * columns, G.z_dim, trunc, generator, device_of(G))), columns)
+
+
+def interpolate(G, trunc=None, classes=None, rows=8, columns=10, seed=0):
+    """A picture whose rows walk from one random z to another; with classes, each row holds one of them in turn."""
+    classes = check_classes(G, classes)
+    generator = torch.Generator().manual_seed(seed)
+    a, b = sample_z(2 * rows, G.z_dim, trunc, generator, device_of(G)).chunk(2)  # [rows,z_dim] each
+    y = sample_y(rows, G.num_classes, generator) if classes is None else classes.repeat(rows)[:rows]
+    t = torch.linspace(0, 1, columns, device=a.device)[:, None]
+    # On the arc between a and b, since points on the chord are shorter than any z that G has seen.
+    angle = torch.arccos(F.cosine_similarity(a, b).clamp(-1, 1))[:, None, None]
+    z = (torch.sin((1 - t) * angle) * a[:, None] + torch.sin(t * angle) * b[:, None]) / torch.sin(angle)
+    y = None if y is None else y.repeat_interleave(columns)
+    return tile(render(with_standing_statistics(G, trunc), z.flatten(0, 1), y), columns)
+
+
+def tile(images, columns):
+    return make_grid(images, nrow=columns, padding=2, pad_value=255)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state of a run: averaged weights, checkpoints
+
+
+@dataclass
+class State:
+    """All that a run is. `new_state` makes one, `train_step` moves it on, `save_checkpoint` keeps it."""
+
+    config: Config  # resolved
+    classes: list[str]  # class names; empty for an unconditional run
+    G: Generator
+    D: Discriminator
+    G_ema: Generator
+    opt_G: torch.optim.Optimizer
+    opt_D: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+
+
+def new_state(config, classes, device):
+    """The State before the first step, on the device. Seeds torch with config.seed; config must be resolved."""
+    torch.manual_seed(config.seed)
+    num_classes = len(classes) if config.cond else 0
+    G = new_generator(config, num_classes).to(device)
+    D = Discriminator(config.size, config.channels, config.width, config.max_width, num_classes)
+    D = D.to(device, memory_format=torch.channels_last)
+    adam = functools.partial(torch.optim.Adam, betas=(config.beta1, config.beta2), fused=device.type in ("cpu", "cuda"))
+    return State(
+        config,
+        classes if config.cond else [],
+        G,
+        D,
+        G_ema=copy.deepcopy(G).eval().requires_grad_(False),
+        opt_G=adam(G.parameters(), lr=config.lr_G),
+        opt_D=adam(D.parameters(), lr=config.lr_D),
+        scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype(config.amp, device) == torch.float16),
+    )
+
+
+def new_generator(config, num_classes):
+    G = Generator(config.size, config.channels, config.width, config.max_width, config.z_dim, num_classes)
+    return G.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def ema_update(G_ema, G, beta):
+    """Averaged weights: G_ema = beta * G_ema + (1 - beta) * G; the buffers are copied."""
+    torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - beta)
+    for averaged, buffer in zip(G_ema.buffers(), G.buffers()):
+        averaged.copy_(buffer)
+
+
+def ema_beta(config, step):
+    """Weight of the past after `step` steps: the half-life grows with the images seen up to config.ema_images."""
+    half_life = min(config.ema_images, config.ema_ramp * step * config.batch)
+    return 0.5 ** (config.batch / half_life)
+
+
+MODULES = ("G", "D", "G_ema", "opt_G", "opt_D", "scaler")  # what of a State has a state_dict
+
+
+def save_checkpoint(path, state):
+    """Writes the whole state; a checkpoint that is there already stays whole until the new one is."""
+    content = {name: getattr(state, name).state_dict() for name in MODULES}
+    content |= {"config": asdict(state.config), "classes": state.classes, "step": state.step}
+    content["rng"] = torch.get_rng_state()
+    device = device_of(state.G)
+    content["rng_cuda"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    unfinished = path.with_suffix(".unfinished")
+    with open(unfinished, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def read_checkpoint(path, device="cpu"):
+    """The content of a checkpoint file. Raises UserError if it is none."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        content["config"] = Config(**content["config"])
+        return content
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}")
+    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is damaged or no checkpoint of gan.py ({type(error).__name__})")
+
+
+def restore(content, config, device):
+    """The State of a checkpoint's content, and torch's random state with it; config may ask for more steps, say."""
+    state = new_state(config, content["classes"], device)
+    for name in MODULES:
+        getattr(state, name).load_state_dict(content[name])
+    state.step = content["step"]
+    torch.set_rng_state(content["rng"].cpu())
+    if content["rng_cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(content["rng_cuda"].cpu(), device)
+    return state
+
+
+def load_generator(run_or_checkpoint, device="cpu"):
+    """The averaged generator of a run's folder or of a checkpoint file -> (G in eval mode on the device, Config).
+
+    Raises UserError if there is no such checkpoint or it is damaged.
+    """
+    path = Path(run_or_checkpoint)
+    content = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    G = new_generator(content["config"], len(content["classes"]))
+    G.load_state_dict(content["G_ema"])
+    return G.to(device).eval().requires_grad_(False), content["config"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def pick_device(name):
+    """torch.device of a name; auto is cuda if there is one. Raises UserError for one that is not here."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        raise UserError(f"no device {name!r} here: {str(error).splitlines()[0]}")
+
+
+def amp_dtype(amp, device):
+    """The dtype of autocast, or None for float32. Raises UserError where the device cannot do what amp asks for."""
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError("--amp fp16 needs a CUDA device; bf16 works on the CPU too")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+
+
+def autocast(state):
+    device = device_of(state.G)
+    dtype = amp_dtype(state.config.amp, device)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def update_discriminator(state, real, y):
+    """One step of D on real[B,C,H,W] in [-1,1] with classes y[B] or None, and on as many fakes of the same classes.
+
+    Returns float32 [3] on the device: loss, and the shares of real and of fake that D judged rightly.
+    """
+    c = state.config
+    d_loss = LOSSES[c.loss][0]
+    if c.label_smoothing:
+        d_loss = functools.partial(d_loss, smoothing=c.label_smoothing)
+    with torch.no_grad(), autocast(state):
+        fake = state.G(sample_z(len(real), c.z_dim, device=real.device), y)
+    both = diff_augment(torch.cat([real, fake]), c.augment)
+    with autocast(state):  # one pass over both: fewer, larger products
+        real_logits, fake_logits = state.D(both, None if y is None else y.repeat(2)).chunk(2)
+    loss_D = d_loss(real_logits, fake_logits)
+    state.opt_D.zero_grad()
+    state.scaler.scale(loss_D).backward()
+    state.scaler.step(state.opt_D)
+    state.scaler.update()
+    border = 0.5 if c.loss == "lsgan" else 0.0  # halfway between what the loss pulls real and fake to
+    right = (real_logits > border).float().mean(), (fake_logits < border).float().mean()
+    return torch.stack([loss_D.detach(), *right])
+
+
+def update_generator(state, y):
+    """One step of G on a batch of samples of the classes y[B] or None. Returns the loss, a scalar on the device."""
+    c, device = state.config, device_of(state.G)
+    state.D.requires_grad_(False)  # the gradient passes through D, but D needs none of its own
+    with autocast(state):
+        fake = state.G(sample_z(c.batch, c.z_dim, device=device), y)
+    fake = diff_augment(fake, c.augment)
+    with autocast(state):
+        fake_logits = state.D(fake, y)
+    loss_G = LOSSES[c.loss][1](fake_logits)
+    state.opt_G.zero_grad()
+    state.scaler.scale(loss_G).backward()
+    state.scaler.step(state.opt_G)
+    state.scaler.update()
+    state.D.requires_grad_(True)
+    return loss_G.detach()
+
+
+def train_step(state, data):
+    """One iteration: config.d_steps updates of D, config.g_steps of G, one of the averaged weights.
+
+    data: an iterator such as `batches` makes. Returns float32 [4] on the device, without waiting for it: loss_D,
+    loss_G, and the shares of real and of fake that D judged rightly.
+    """
+    for _ in range(state.config.d_steps):
+        real, y = next(data)
+        y = y if state.config.cond else None
+        loss_D, right_real, right_fake = update_discriminator(state, real, y)
+    for _ in range(state.config.g_steps):
+        loss_G = update_generator(state, y)
+    state.step += 1
+    ema_update(state.G_ema, state.G, ema_beta(state.config, state.step))
+    return torch.stack([loss_D, loss_G, right_real, right_fake])
+
+
+def train(config, resume=None):
+    """Trains a GAN and returns its run's folder, a Path, which holds config.json, checkpoint.pt, log.jsonl and samples/.
+
+    resume: a run's folder, to go on from its checkpoint until config.epochs or config.steps; on one CPU the outcome is
+    that of a run without the break, bit for bit. Ctrl-C and SIGTERM end the step, save and return. Raises UserError for
+    what cannot be done, and if a loss is no longer finite; the checkpoint then stays as it was last saved.
+    """
+    config = resolve(config)
+    device = pick_device(config.device)
+    amp_dtype(config.amp, device)
+    content = read_checkpoint(resume / "checkpoint.pt", device) if resume else None
+    images, labels, classes = load_images(config.data, config.size, config.channels, config.data_dir)
+    if len(images) < config.batch:
+        raise UserError(f"--batch {config.batch} is more than the {len(images)} images of {config.data}")
+    if config.cond and len(classes) < 2:
+        raise UserError(f"--cond needs at least two classes, and {config.data} has {len(classes)}: one sub-folder each")
+    if content and config.cond and classes != content["classes"]:
+        raise UserError(f"the classes in {config.data} are no longer those of {resume}")
+    config = replace(config, augment=auto_policy(len(images)) if config.augment == "auto" else config.augment)
+
+    steps_per_epoch = len(images) // config.batch // config.d_steps or 1
+    steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
+    sample_every = max(1, round(config.sample_every * steps_per_epoch))
+    if content and content["step"] >= steps:
+        raise UserError(f"{resume} has its {content['step']} steps behind it; --steps or --epochs can ask for more")
+
+    state = restore(content, config, device) if content else new_state(config, classes, device)
+    run = resume or create_run(config)
+    (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    writer = tensorboard_writer(run) if config.tensorboard else None
+    print(f"{run}: {len(images)} images, {len(classes)} classes, {steps} steps on {device}, augment {config.augment}, G "
+          f"{count_parameters(state.G) / 1e6:.2f} M and D {count_parameters(state.D) / 1e6:.2f} M parameters")
+
+    data = batches(place(images, device), labels, config, device, start=state.step * config.d_steps)
+    stats, first, began, saved = [], state.step, time.monotonic(), time.monotonic()
+    with open_log(run / "log.jsonl", state.step) as log, stop_on_signal() as stop:
+        while state.step < steps:
+            stats.append(train_step(state, data))
+
+            done = state.step == steps or stop.is_set()
+            sample = state.step % sample_every == 0 or done
+            save = sample or time.monotonic() - saved > 60 * config.save_minutes
+            if not (save or state.step % config.log_every == 0):
+                continue
+
+            means = check_finite(state, torch.stack(stats).cpu(), run)
+            rate = (state.step - first) / (time.monotonic() - began)  # steps a second, of this session
+            record = dict(zip(("loss_D", "loss_G", "right_real", "right_fake"), means))
+            record = {"step": state.step, "epoch": state.step / steps_per_epoch, **record, "images_per_s": rate * config.batch}
+            stats.clear()
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            show(status_line(record, steps, rate), last=done)
+            if writer:
+                for name in record.keys() - {"step"}:
+                    writer.add_scalar(name, record[name], state.step)
+            if sample:
+                picture = sample_grid(state.G_ema)
+                write_picture(run / "samples" / f"{state.step:07d}.png", picture)
+                if writer:
+                    writer.add_image("samples", picture, state.step)
+            if save:
+                save_checkpoint(run / "checkpoint.pt", state)
+                saved = time.monotonic()
+            if stop.is_set():
+                break
+    if state.step < steps:
+        print(f"stopped and saved at step {state.step}; go on with: python gan.py train --resume {run}")
+    else:
+        print(f"done: see {run / 'samples'}; score it with: python gan.py eval --run {run}")
+    return run
+
+
+def check_finite(state, stats, run):
+    """The means of stats[steps,4], floats. Raises UserError, naming the step, if a loss or a weight is not finite."""
+    bad = (~torch.isfinite(stats).all(dim=1)).nonzero().flatten().tolist()
+    broken = not all(torch.isfinite(p).all() for p in itertools.chain(state.G.parameters(), state.D.parameters()))
+    if bad or broken:
+        step = state.step - len(stats) + 1 + bad[0] if bad else state.step
+        saved = run / "checkpoint.pt"
+        raise UserError(f"the {'losses' if bad else 'weights'} are not finite at step {step}: try lower --lr-G and --lr-D, "
+                        f"or --amp off; {f'{saved} is of the last good save' if saved.exists() else 'nothing was saved yet'}")
+    return stats.mean(dim=0).tolist()
+
+
+def create_run(config):
+    """A new folder for the run: --name, which must not exist, or the next free number and what the run is."""
+    runs = Path(config.runs)
+    runs.mkdir(parents=True, exist_ok=True)
+    numbers = [int(run.name[:4]) for run in runs.iterdir() if re.match(r"\d{4}-", run.name)]
+    data = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.data).name)
+    name = config.name or f"{max(numbers, default=-1) + 1:04d}-{config.loss}{'-cond' * config.cond}-{data}-{config.size}"
+    try:
+        (runs / name).mkdir()
+    except FileExistsError:
+        raise UserError(f"{runs / name} exists: choose another --name, or go on with it by --resume {runs / name}")
+    (runs / name / "samples").mkdir()
+    return runs / name
+
+
+def open_log(path, step):
+    """The log, open at its end; what a killed run logged after its last checkpoint is cut off."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+    return open(path, "a")
+
+
+@contextlib.contextmanager
+def stop_on_signal():
+    """Yields an Event that Ctrl-C and SIGTERM set; a second one interrupts at once."""
+    stop, before = threading.Event(), {}
+
+    def handler(number, frame):
+        stop.set()
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def tensorboard_writer(run):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
+    return SummaryWriter(run)
+
+
+def count_parameters(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def write_picture(path, picture):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_pil_image(picture).save(path)
+
+
+def status_line(record, steps, rate):
+    minutes, seconds = divmod(round((steps - record["step"]) / rate), 60)
+    return (f"step {record['step']}/{steps}  epoch {record['epoch']:.1f}  {record['images_per_s']:.0f} images/s  "
+            f"{minutes}:{seconds:02d} left  loss D {record['loss_D']:.3f} G {record['loss_G']:.3f}  "
+            f"D right on real {record['right_real']:.0%} fake {record['right_fake']:.0%}")
+
+
+def show(line, last=False):
+    """Prints a line of progress: over the one before on a terminal, below it elsewhere."""
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K{line}", end="\n" if last else "", flush=True)
+    else:
+        print(line, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate(run_or_checkpoint, truncs=(None,), n=None, extractor="inception", device="auto", seed=0):
+    """Scores the averaged generator against its training images at each trunc; returns what it writes to eval.json.
+
+    n: samples, by default as many as there are training images; of a conditional generator, with their classes.
+    extractor: see metrics.load_extractor. Beside the checkpoint come eval.json and a grid eval-trunc-T.png for each
+    trunc. Without Inception's weights FID and IS are None and "note" says what would help. Raises UserError.
+    """
+    import metrics
+
+    device = pick_device(device)
+    path = Path(run_or_checkpoint)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    G, config = load_generator(path, device)
+    images, labels, _ = load_images(config.data, config.size, config.channels, config.data_dir)
+    n = n or len(images)
+    result = {"checkpoint": str(path), "data": config.data, "network": None, "n_real": len(images), "seed": seed}
+    try:
+        network = metrics.load_extractor(extractor, device)
+        result["network"] = network.name
+        real = real_features(metrics, network, images)
+    except metrics.WeightsMissing as error:
+        network, result["note"] = None, str(error)
+    except metrics.UserError as error:
+        raise UserError(str(error))
+
+    # Shuffled, since each split of the Inception Score needs all classes.
+    classes = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    result["scores"] = []
+    for trunc in truncs:
+        row = {"trunc": trunc, "n": n, "FID": None, "IS": None, "IS std": None}
+        if network:
+            samples = generate(G, n, trunc, classes if G.num_classes else None, seed)
+            row = {"trunc": trunc, "n": n, **metrics.score(network, real, metrics.extract(network, samples))}
+        write_picture(path.parent / f"eval-trunc-{trunc_name(trunc)}.png", sample_grid(G, trunc, seed=seed))
+        result["scores"].append(row)
+    (path.parent / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def real_features(metrics, network, images):
+    """(features, logits) of the training images, cached by the images' content and the network's weights."""
+    key = hashlib.sha256(np.ascontiguousarray(images.numpy())).hexdigest()
+    file = cache_folder() / f"features-{hashlib.sha256(f'{key} {network.key}'.encode()).hexdigest()[:32]}.npz"
+    try:
+        with np.load(file) as cached:
+            return torch.from_numpy(cached["features"]), torch.from_numpy(cached["logits"])
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        features, logits = metrics.extract(network, images)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as unfinished:
+            np.savez(unfinished, features=features.numpy(), logits=logits.numpy())
+        os.replace(unfinished.name, file)
+    return features, logits
+
+
+def trunc_name(trunc):
+    return "none" if trunc is None else f"{trunc:g}"
+
+
+def print_scores(result):
+    names = [name for name in result["scores"][0] if name not in ("trunc", "n")]
+    print(f"{result['checkpoint']} by {result['network'] or 'no network'}, against the {result['n_real']} images of {result['data']}")
+    widths = [max(9, len(name)) for name in names]
+    print(f"{'trunc':>6} {'n':>7}", *(f"{name:>{w}}" for name, w in zip(names, widths)))
+    for row in result["scores"]:
+        cells = ("-" if row[name] is None else f"{row[name]:.3f}" for name in names)
+        print(f"{trunc_name(row['trunc']):>6} {row['n']:>7}", *(f"{cell:>{w}}" for cell, w in zip(cells, widths)))
+    if "note" in result:
+        print(result["note"], file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+RESUMABLE = ("epochs", "steps", "device", "amp", "data_dir", "log_every", "sample_every", "save_minutes", "tensorboard")
+
+
+def train_command(args):
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    if not args.resume:
+        return train(Config(**given))
+    run = find_run(args.resume, given.pop("runs", "runs"))
+    config = read_checkpoint(run / "checkpoint.pt")["config"]
+    fixed = [name for name in given if name not in RESUMABLE and given[name] != getattr(config, name)]
+    if fixed:
+        raise UserError(f"--{fixed[0].replace('_', '-')} cannot change in a run that is resumed; these can: {', '.join(RESUMABLE)}")
+    if "epochs" in given:
+        given.setdefault("steps", None)
+    return train(replace(config, **given), resume=run)
+
+
+def eval_command(args):
+    run = find_run(args.run, args.runs)
+    print_scores(evaluate(run, args.trunc, args.n, args.extractor, args.device, args.seed))
+
+
+def sample_command(args):
+    G, _ = load_generator(find_run(args.run, args.runs), pick_device(args.device))
+    out = Path(args.out)
+    if out.suffix not in (".png", ".npz", "") or (args.interpolate and out.suffix != ".png"):
+        raise UserError(f"--out {out}: give a .png, or for single samples a .npz or a folder")
+    if args.interpolate:
+        write_picture(out, interpolate(G, args.trunc, args.classes, seed=args.seed))
+        return print(f"wrote {out}")
+    classes = range(G.num_classes) if args.classes is None and G.num_classes else args.classes
+    n = args.n or (80 if classes is None else 10 * len(classes))
+    y = None if classes is None else check_classes(G, list(classes)).repeat_interleave(-(-n // len(classes)))[:n]
+    write_samples(out, generate(G, n, args.trunc, y, args.seed), y)
+    print(f"wrote {n} samples to {out}")
+
+
+def write_samples(out, images, y):
+    """images [n,C,H,W] as a grid .png, as .npz (images [n,H,W,C], labels [n] if there are classes) or into a new folder."""
+    if out.suffix == ".png":
+        return write_picture(out, tile(images, 10))
+    if out.suffix == ".npz":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        labels = {} if y is None else {"labels": y.numpy()}
+        return np.savez(out, images=images.permute(0, 2, 3, 1).numpy(), **labels)
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty: samples of two calls would mix; name a new folder")
+    for i, image in enumerate(images):
+        write_picture(out / f"{i:05d}.png", image)
+
+
+def find_run(name, runs):
+    """The path of a checkpoint or of a run: the newest in the folder runs if name is None, else a path, or a name in
+    runs, or a unique start of one. Raises UserError if there is none."""
+    if name is None:
+        checkpoints = sorted(Path(runs).glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+        if not checkpoints:
+            raise UserError(f"no run in {runs}: train one first, or say where it is with --run or --runs")
+        return checkpoints[-1].parent
+    if Path(name).exists():
+        return Path(name)
+    found = sorted(Path(runs).glob(f"{name}*"))
+    if len(found) != 1:
+        raise UserError(f"{'no run' if not found else 'more than one run'} {name} in {runs}")
+    return found[0]
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"gan.py: error: {message} (--help lists the flags)\n")
+
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be positive, not {value}")
+    return value
+
+
+def trunc_type(text):
+    if text == "none":
+        return None
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be positive or none, not {text}")
+    return value
+
+
+def int_list(text):
+    return [int(part) for part in text.split(",")]
+
+
+def make_parser():
+    parser = Parser(prog="gan.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(metavar="train | eval | sample", required=True, parser_class=Parser)
+
+    p = commands.add_parser("train", help="train on a folder of images or a named data set", allow_abbrev=False)
+    p.set_defaults(command=train_command)
+    p.add_argument("--resume", metavar="RUN", help="go on with a run")
+    for f in fields(Config):
+        flag, about = f"--{f.name.replace('_', '-')}", f.metadata["help"]
+        about = about if f.default is None else f"{about} ({f.default})"
+        kind = (typing.get_args(f.type) or (f.type,))[0]  # int | None -> int
+        if kind is bool:
+            p.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=about)
+        else:
+            p.add_argument(flag, dest=f.name, type=kind, default=argparse.SUPPRESS, choices=f.metadata["choices"], help=about,
+                           metavar=None if f.metadata["choices"] else kind.__name__.upper())
+
+    p = commands.add_parser("eval", help="score a run", allow_abbrev=False)
+    p.set_defaults(command=eval_command)
+    p.add_argument("--trunc", type=trunc_type, nargs="+", default=[None], help="one or several bounds of |z|; none for no bound (none)")
+    p.add_argument("--n", type=positive_int, help="samples (as many as training images)")
+    p.add_argument("--extractor", default="inception", help="inception, a weights file or a .pt2 program (inception)")
+    add_common(p)
+
+    p = commands.add_parser("sample", help="write samples of a run", allow_abbrev=False)
+    p.set_defaults(command=sample_command)
+    p.add_argument("--trunc", type=trunc_type, help="bound of |z| (none)")
+    p.add_argument("--n", type=positive_int, help="samples (10 of a class, or 80)")
+    p.add_argument("--classes", type=int_list, help="class indices, as in 3,5 (all)")
+    p.add_argument("--interpolate", action="store_true", help="rows that walk between random pairs of z")
+    p.add_argument("--out", default="samples.png", help=".png for a grid, .npz, or a folder for numbered .png (samples.png)")
+    add_common(p)
+    return parser
+
+
+def add_common(p):
+    p.add_argument("--run", help="run, by name or path, or checkpoint file (the newest run)")
+    p.add_argument("--runs", default="runs", help="folder that holds the runs (runs)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
+
+
+def main(argv=None):
+    """Runs a command line; returns its exit status: 0, or 2 after one line on stderr about what cannot be done."""
+    args = make_parser().parse_args(argv)
+    try:
+        args.command(args)
+    except (UserError, OSError) as error:
+        print(f"gan.py: error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("gan.py: error: out of memory; try a smaller --batch, --width or --size", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gan.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
