@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -28,7 +27,6 @@ import tempfile
 import threading
 import time
 import typing
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -126,13 +124,14 @@ class Config:
 
 
 def resolve(config):
-    """A copy of config with every None that depends on the kind of data filled in, and a folder's path made absolute."""
+    """A copy of config with every None that depends on the kind of data filled in, and paths of data made absolute."""
     config.check()
     named = config.data in DATASETS
     size = config.size or (32 if config.data == "synthetic" else 64)
     return replace(
         config,
         data=config.data if named else str(Path(config.data).expanduser().resolve()),
+        data_dir=str(Path(config.data_dir).expanduser().resolve()),
         size=size,
         width=config.width or size // 2,
         channels=config.channels or (1 if config.data in DIGITS else 3),
@@ -438,7 +437,7 @@ def load_images(data, size, channels, data_dir="data"):
     if data == "synthetic":
         return synthetic_flowers(size, channels)
     source = open_dataset(data, Path(data_dir)) if data in DATASETS else open_folder(Path(data).expanduser())
-    folder = cache_folder() / f"images-{fingerprint(source, size, channels)}"
+    folder = cache_folder() / f"images-{fingerprint(source, data if data in DATASETS else 'folder', size, channels)}"
     cached = read_cache(folder, size, channels)
     if cached is None:
         try:
@@ -564,9 +563,9 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gan.py"
 
 
-def fingerprint(source, size, channels):
-    """A key that changes with the size and channels asked for and with any file's name, size or time."""
-    key = hashlib.sha256(f"1 {size} {channels} {source.names}".encode())
+def fingerprint(source, *asked):
+    """A key that changes with what is asked for and with any file's name, size or time."""
+    key = hashlib.sha256(repr((1, asked, source.names)).encode())
     for path in source.files:
         stat = path.stat()
         key.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -877,15 +876,25 @@ def read_checkpoint(path, device="cpu"):
         return content
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}")
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch's unpickler fails in many ways on bytes of another kind
         raise UserError(f"{path} is damaged or no checkpoint of gan.py ({type(error).__name__})")
+
+
+def load_into(module, state_dict):
+    """module.load_state_dict. Raises UserError where the two do not fit."""
+    try:
+        module.load_state_dict(state_dict)
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"the checkpoint does not fit its own config: {str(error).splitlines()[0]}")
 
 
 def restore(content, config, device):
     """The State of a checkpoint's content, and torch's random state with it; config may ask for more steps, say."""
     state = new_state(config, content["classes"], device)
     for name in MODULES:
-        getattr(state, name).load_state_dict(content[name])
+        load_into(getattr(state, name), content[name])
     state.step = content["step"]
     torch.set_rng_state(content["rng"].cpu())
     if content["rng_cuda"] is not None and device.type == "cuda":
@@ -901,7 +910,7 @@ def load_generator(run_or_checkpoint, device="cpu"):
     path = Path(run_or_checkpoint)
     content = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     G = new_generator(content["config"], len(content["classes"]))
-    G.load_state_dict(content["G_ema"])
+    load_into(G, content["G_ema"])
     return G.to(device).eval().requires_grad_(False), content["config"]
 
 
@@ -1038,10 +1047,11 @@ def train(config, resume=None):
             if not (save or state.step % config.log_every == 0):
                 continue
 
-            means = check_finite(state, torch.stack(stats).cpu(), run)
+            history = torch.stack(stats).cpu()  # [steps,4]; the only time that the CPU waits for the device
+            check_finite(state, history, run)
             rate = (state.step - first) / (time.monotonic() - began)  # steps a second, of this session
-            record = dict(zip(("loss_D", "loss_G", "right_real", "right_fake"), means))
-            record = {"step": state.step, "epoch": state.step / steps_per_epoch, **record, "images_per_s": rate * config.batch}
+            record = {"step": state.step, "epoch": state.step / steps_per_epoch, "images_per_s": rate * config.batch}
+            record |= zip(("loss_D", "loss_G", "right_real", "right_fake"), history.mean(dim=0).tolist())
             stats.clear()
             log.write(json.dumps(record) + "\n")
             log.flush()
@@ -1067,15 +1077,14 @@ def train(config, resume=None):
 
 
 def check_finite(state, stats, run):
-    """The means of stats[steps,4], floats. Raises UserError, naming the step, if a loss or a weight is not finite."""
-    bad = (~torch.isfinite(stats).all(dim=1)).nonzero().flatten().tolist()
-    broken = not all(torch.isfinite(p).all() for p in itertools.chain(state.G.parameters(), state.D.parameters()))
-    if bad or broken:
-        step = state.step - len(stats) + 1 + bad[0] if bad else state.step
-        saved = run / "checkpoint.pt"
-        raise UserError(f"the {'losses' if bad else 'weights'} are not finite at step {step}: try lower --lr-G and --lr-D, "
-                        f"or --amp off; {f'{saved} is of the last good save' if saved.exists() else 'nothing was saved yet'}")
-    return stats.mean(dim=0).tolist()
+    """Raises UserError, naming the step, if a loss in stats[steps,4] or a weight is not finite."""
+    first = state.step - len(stats) + 1
+    bad = [first + i for i, row in enumerate(stats.isfinite().all(dim=1).tolist()) if not row]
+    sums = torch.stack([p.detach().sum() for p in itertools.chain(state.G.parameters(), state.D.parameters())])
+    if bad or not sums.isfinite().all():
+        kept = f"{run / 'checkpoint.pt'} is as it was" if (run / "checkpoint.pt").exists() else "nothing was saved yet"
+        raise UserError(f"the {'losses' if bad else 'weights'} are not finite at step {bad[0] if bad else state.step}: try "
+                        f"lower --lr-G and --lr-D, or --amp off; {kept}")
 
 
 def create_run(config):
@@ -1173,7 +1182,7 @@ def evaluate(run_or_checkpoint, truncs=(None,), n=None, extractor="inception", d
     try:
         network = metrics.load_extractor(extractor, device)
         result["network"] = network.name
-        real = real_features(metrics, network, images)
+        real = metrics.extract_cached(network, images, cache_folder())
     except metrics.WeightsMissing as error:
         network, result["note"] = None, str(error)
     except metrics.UserError as error:
@@ -1193,37 +1202,8 @@ def evaluate(run_or_checkpoint, truncs=(None,), n=None, extractor="inception", d
     return result
 
 
-def real_features(metrics, network, images):
-    """(features, logits) of the training images, cached by the images' content and the network's weights."""
-    key = hashlib.sha256(np.ascontiguousarray(images.numpy())).hexdigest()
-    file = cache_folder() / f"features-{hashlib.sha256(f'{key} {network.key}'.encode()).hexdigest()[:32]}.npz"
-    try:
-        with np.load(file) as cached:
-            return torch.from_numpy(cached["features"]), torch.from_numpy(cached["logits"])
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        features, logits = metrics.extract(network, images)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as unfinished:
-            np.savez(unfinished, features=features.numpy(), logits=logits.numpy())
-        os.replace(unfinished.name, file)
-    return features, logits
-
-
 def trunc_name(trunc):
     return "none" if trunc is None else f"{trunc:g}"
-
-
-def print_scores(result):
-    names = [name for name in result["scores"][0] if name not in ("trunc", "n")]
-    print(f"{result['checkpoint']} by {result['network'] or 'no network'}, against the {result['n_real']} images of {result['data']}")
-    widths = [max(9, len(name)) for name in names]
-    print(f"{'trunc':>6} {'n':>7}", *(f"{name:>{w}}" for name, w in zip(names, widths)))
-    for row in result["scores"]:
-        cells = ("-" if row[name] is None else f"{row[name]:.3f}" for name in names)
-        print(f"{trunc_name(row['trunc']):>6} {row['n']:>7}", *(f"{cell:>{w}}" for cell, w in zip(cells, widths)))
-    if "note" in result:
-        print(result["note"], file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1238,6 +1218,7 @@ def train_command(args):
     if not args.resume:
         return train(Config(**given))
     run = find_run(args.resume, given.pop("runs", "runs"))
+    run = run.parent if run.is_file() else run
     config = read_checkpoint(run / "checkpoint.pt")["config"]
     fixed = [name for name in given if name not in RESUMABLE and given[name] != getattr(config, name)]
     if fixed:
@@ -1249,7 +1230,18 @@ def train_command(args):
 
 def eval_command(args):
     run = find_run(args.run, args.runs)
-    print_scores(evaluate(run, args.trunc, args.n, args.extractor, args.device, args.seed))
+    result = evaluate(run, args.trunc, args.n, args.extractor, args.device, args.seed)
+    print(f"{run}: {result['network'] or 'no network'}, against the {result['n_real']} images of {result['data']}")
+    print_table([{**row, "trunc": trunc_name(row["trunc"])} for row in result["scores"]])
+    if "note" in result:
+        print(result["note"], file=sys.stderr)
+
+
+def print_table(rows):
+    """Rows, dicts of the same keys, below a line of these; None is shown as a dash."""
+    cells = [[f"{v:.3f}" if isinstance(v, float) else "-" if v is None else str(v) for v in row.values()] for row in rows]
+    for line in [list(rows[0]), *cells]:
+        print("  ".join(f"{cell:>{max(8, len(name))}}" for cell, name in zip(line, rows[0])))
 
 
 def sample_command(args):
@@ -1291,7 +1283,7 @@ def find_run(name, runs):
         return checkpoints[-1].parent
     if Path(name).exists():
         return Path(name)
-    found = sorted(Path(runs).glob(f"{name}*"))
+    found = [run for run in Path(runs).glob("*") if run.name.startswith(name)]
     if len(found) != 1:
         raise UserError(f"{'no run' if not found else 'more than one run'} {name} in {runs}")
     return found[0]

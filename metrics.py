@@ -8,9 +8,12 @@ Statistics are float64 and streaming. A Frechet distance is called FID only wher
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +96,8 @@ def load_extractor(spec, device="cpu"):
     key = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
         if path.suffix == ".pt2":
+            if not zipfile.is_zipfile(path):  # torch.export would log a traceback
+                raise ValueError("it is not whole")
             return Extractor(torch.export.load(path).module().to(device), path.stem, key, device, fid=False)
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
         return Extractor(Inception(state_dict).to(device).eval(), f"Inception v3, {path.name}", key, device, fid=True)
@@ -105,6 +110,24 @@ def extract(extractor, images, batch=64):
     """Features [N,d] and logits [N,k], float32 on the CPU, of images [N,C,H,W], uint8 or float in [0,1]."""
     pairs = [extractor(part) for part in images.split(batch)]
     return torch.cat([f.cpu() for f, _ in pairs]), torch.cat([l.cpu() for _, l in pairs])
+
+
+def extract_cached(extractor, images, folder, batch=64):
+    """`extract` of uint8 images, kept in the folder under a key of the images' content and the network's weights."""
+    content = hashlib.sha256(np.ascontiguousarray(images.numpy())).hexdigest()
+    key = hashlib.sha256(f"{list(images.shape)} {content} {extractor.key}".encode()).hexdigest()[:32]
+    file = Path(folder) / f"features-{key}.npz"
+    try:
+        with np.load(file) as cached:
+            return torch.from_numpy(cached["features"]), torch.from_numpy(cached["logits"])
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):  # not there, or not whole
+        features, logits = extract(extractor, images, batch)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as unfinished:
+            np.savez(unfinished, features=features.numpy(), logits=logits.numpy())
+        os.replace(unfinished.name, file)
+    return features, logits
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -724,3 +724,375 @@ def test_training_learns_the_classes(tmp_path):
     print(f"accuracy {start:.3f} -> {end:.3f}, distance {start_distance:.3f} -> {end_distance:.3f}")
     assert start < 0.12 and end > 0.48
     assert end_distance < start_distance / 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands, as a user gives them
+
+
+def command(*argv, cwd):
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+TOY_FLAGS = "--size 16 --width 4 --max-width 8 --z-dim 8 --batch 8 --device cpu".split()
+
+
+def test_each_file_works_alone(tmp_path, folder, extractor_file):
+    shutil.copy(HERE / "gan.py", tmp_path)
+    assert command("-c", "import gan", cwd=tmp_path).stdout == ""
+    done = command("gan.py", "train", "--loss", "ns", *TOY_FLAGS, "--steps", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "step 3/3" in done.stdout and (tmp_path / "runs/0000-ns-synthetic-16/checkpoint.pt").exists()
+    done = command("gan.py", "train", "--cond", "--data", folder, *TOY_FLAGS, "--epochs", 1, cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / f"runs/0001-ns-cond-{folder.name}-16").is_dir(), done.stderr
+    done = command("gan.py", "sample", "--trunc", 0.7, "--classes", "2,0", "--out", "grid.png", cwd=tmp_path)
+    assert done.returncode == 0 and Image.open(tmp_path / "grid.png").size == (10 * 18 + 2, 2 * 18 + 2), done.stderr
+    done = command("gan.py", "sample", "--run", "0000", "--n", 3, "--out", "many", cwd=tmp_path)
+    assert done.returncode == 0 and len(list((tmp_path / "many").glob("0000?.png"))) == 3, done.stderr
+
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(HERE / "metrics.py", tmp_path / "elsewhere")
+    done = command("metrics.py", folder, tmp_path / "many", "--extractor", extractor_file, cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0 and "FD(tiny)" in done.stdout and "FID" not in done.stdout, done.stderr
+
+    shutil.copy(HERE / "metrics.py", tmp_path)
+    done = command("gan.py", "eval", "--trunc", 0.7, 1.5, "--extractor", extractor_file, cwd=tmp_path)
+    assert done.returncode == 0 and "FD(tiny)" in done.stdout, done.stderr
+    assert (tmp_path / f"runs/0001-ns-cond-{folder.name}-16/eval-trunc-0.7.png").exists()
+
+
+def test_errors_have_no_traceback_and_status_2(tmp_path):
+    for argv in (["train", "--data", "nowhere"], ["eval"], ["train", "--loss", "mse"], []):
+        done = command(HERE / "gan.py", *argv, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("gan.py: error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags, hint",
+    [
+        ("--data {tmp}/nowhere", "nowhere"),
+        ("--data {tmp}/empty", "no usable image"),
+        ("--data {tmp}/junk", "no usable image"),
+        ("--data mnist --data-dir {tmp}/file", "mnist"),
+        ("--loss mse", "hinge"),
+        ("--size 48", "16, 32, 64, 128 or 256"),
+        ("--size 8", "16, 32, 64, 128 or 256"),
+        ("--size big", "size"),
+        ("--channels 2", "1 or 3"),
+        ("--batch 25", "24 images"),
+        ("--batch 1", "batch"),
+        ("--cond --data {folder}/rose-1", "sub-folder"),
+        ("--augment color,blur", "blur"),
+        ("--epochs 0", "epochs"),
+        ("--steps -1", "steps"),
+        ("--lr-G 0", "lr-G"),
+        ("--beta1 1", "beta1"),
+        ("--label-smoothing 1", "label-smoothing"),
+        ("--loss hinge --label-smoothing 0.1", "ns, minimax"),
+        ("--device tpu", "tpu"),
+        ("--amp fp16", "CUDA"),
+        ("--name taken", "taken"),
+        ("--runs {tmp}/file", "file"),
+        ("--runs {tmp}/file/below", "file"),
+        ("--resume {tmp}/nowhere", "nowhere"),
+        ("--resume {run}", "--steps"),
+        ("--resume {run} --steps 9 --loss hinge", "loss"),
+        ("--z-dimension 3", "--z-dimension"),
+    ],
+)
+def test_user_errors_of_train(flags, hint, run, folder, tmp_path, capsys, monkeypatch):
+    for name in ("empty", "junk", "runs", "runs/taken"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "junk" / "a.png").write_text("no picture")
+    (tmp_path / "rose-1").symlink_to(folder / "rose 1")
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(urllib.error.URLError("offline")))
+    checkpoint = (run / "checkpoint.pt").read_bytes()
+    words = [w.format(tmp=tmp_path, run=run, folder=tmp_path) for w in flags.split()]
+    resuming = "--resume" in words
+    defaults = [] if resuming else ["--steps", "2", "--runs", str(tmp_path / "runs"), *TOY_FLAGS]
+    data = [] if resuming or "--data" in words else ["--data", str(folder)]
+    assert hint in fails(capsys, "train", *defaults, *data, *words)
+    assert (tmp_path / "file").read_text() == "kept" and (run / "checkpoint.pt").read_bytes() == checkpoint
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["taken"]  # no run was begun
+
+
+@pytest.mark.parametrize(
+    "argv, hint",
+    [
+        ("eval --runs {tmp}", "no run in"),
+        ("eval --run nowhere", "nowhere"),
+        ("eval --run {run} --trunc -1", "positive"),
+        ("eval --run {run} --trunc much", "trunc"),
+        ("eval --run {run} --n 0", "positive"),
+        ("eval --run {run} --extractor {tmp}/nowhere.pt2", "nowhere.pt2"),
+        ("eval --run {run} --extractor {tmp}/text.pt2", "text.pt2"),
+        ("eval --run {run} --extractor {tmp}/text.pt", "text.pt"),
+        ("sample --run {tmp}/text.pt", "damaged"),
+        ("sample --run {tmp}/half.pt", "damaged"),
+        ("sample --run {tmp}/other.pt", "damaged"),
+        ("sample --run {tmp}/misfit.pt", "does not fit"),
+        ("sample --run {run} --classes 3", "0 to 2"),
+        ("sample --run {run} --classes -1", "0 to 2"),
+        ("sample --run {run} --classes a", "classes"),
+        ("sample --run {run} --trunc 0", "positive"),
+        ("sample --run {run} --out {tmp}/grid.gif", ".png"),
+        ("sample --run {run} --out {tmp}/text.pt/grid.png", "text.pt"),
+        ("sample --run {run} --out {tmp}", "not empty"),
+        ("sample --run {run} --interpolate --out {tmp}/walk", ".png"),
+    ],
+)
+def test_user_errors_of_eval_and_sample(argv, hint, run, tmp_path, capsys):
+    for name in ("text.pt", "text.pt2"):
+        (tmp_path / name).write_text("text")
+    whole = (run / "checkpoint.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
+    content = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save({**content, "config": {**content["config"], "width": 8}}, tmp_path / "misfit.pt")
+    before = sorted(run.rglob("*")), sorted(tmp_path.rglob("*"))
+    assert hint in fails(capsys, *(word.format(run=run, tmp=tmp_path) for word in argv.split()))
+    assert (sorted(run.rglob("*")), sorted(tmp_path.rglob("*"))) == before
+
+
+def test_classes_of_an_unconditional_run(folder, tmp_path, capsys):
+    run = gan.train(gan.Config(**TOY, data=str(folder), steps=1, runs=str(tmp_path)))
+    capsys.readouterr()
+    assert "unconditional" in fails(capsys, "sample", "--run", run, "--classes", "1")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_finish_the_step_and_save(number, tmp_path, folder):
+    argv = [sys.executable, HERE / "gan.py", "train", "--data", folder, *TOY_FLAGS, "--steps", "100000", "--log-every", "1"]
+    with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        while not (lines and lines[-1].startswith("step 3/")):
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.stderr.read()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == "", err
+    run = next((tmp_path / "runs").iterdir())
+    content = gan.read_checkpoint(run / "checkpoint.pt")
+    assert content["step"] >= 3 and f"stopped and saved at step {content['step']}" in out
+    assert f"python gan.py train --resume {run.relative_to(tmp_path)}" in out
+
+
+def test_sample_outputs(run, tmp_path):
+    assert gan.main(["sample", "--run", str(run), "--n", "7", "--out", str(tmp_path / "deep" / "s.npz")]) == 0
+    with np.load(tmp_path / "deep" / "s.npz") as file:
+        assert file["images"].shape == (7, 16, 16, 3) and file["images"].dtype == np.uint8
+        assert file["labels"].tolist() == [0, 0, 0, 1, 1, 1, 2]
+        G, _ = gan.load_generator(run)
+        expected = gan.generate(G, 7, classes=file["labels"])
+        assert np.array_equal(file["images"], expected.permute(0, 2, 3, 1).numpy())
+    assert gan.main(["sample", "--run", str(run), "--n", "7", "--out", str(tmp_path / "folder")]) == 0
+    for i, image in enumerate(expected):
+        assert torch.equal(pil_to_tensor(Image.open(tmp_path / "folder" / f"{i:05d}.png")), image)
+    assert gan.main(["sample", "--run", str(run), "--interpolate", "--classes", "1", "--out", str(tmp_path / "w.png")]) == 0
+    assert Image.open(tmp_path / "w.png").size == (10 * 18 + 2, 8 * 18 + 2)
+
+
+def test_interpolation_ends_at_its_noise_and_keeps_its_length():
+    seen = []
+
+    class Recorder(gan.Generator):
+        def forward(self, z, y=None):
+            seen.append((z, y))
+            return super().forward(z, y)
+
+    G = Recorder(16, 3, 4, 8, 8, 3)
+    gan.interpolate(G, classes=[2, 0], rows=3, columns=5, seed=4)
+    z, y = (torch.cat(parts) for parts in zip(*seen[20:]))  # behind the 20 batches of statistics
+    ends = gan.sample_z(6, 8, generator=torch.Generator().manual_seed(4))
+    assert y.tolist() == [2] * 5 + [0] * 5 + [2] * 5
+    assert torch.allclose(z[0::5], ends[:3], atol=1e-5) and torch.allclose(z[4::5], ends[3:], atol=1e-5)
+    a, b = ends[0].norm().item(), ends[3].norm().item()
+    assert all(min(a, b) * 0.95 < n < max(a, b) * 1.25 for n in z[:5].norm(dim=1).tolist())
+
+
+def test_newest_run_and_names(tmp_path):
+    for i, name in enumerate(("0000-b", "0001-a", "0002-c")):
+        (tmp_path / name).mkdir()
+        if i < 2:
+            (tmp_path / name / "checkpoint.pt").write_text("")
+            os.utime(tmp_path / name / "checkpoint.pt", (100 - i, 100 - i))
+    assert gan.find_run(None, tmp_path).name == "0000-b"  # the newest checkpoint, not the highest number
+    assert gan.find_run("0001", tmp_path).name == "0001-a"
+    with pytest.raises(gan.UserError, match="more than one"):
+        gan.find_run("000", tmp_path)
+    assert gan.create_run(gan.Config(runs=str(tmp_path), size=32)).name == "0003-ns-synthetic-32"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# eval
+
+
+def test_eval_writes_scores_and_grids(run, extractor_file, capsys, monkeypatch):
+    argv = ["eval", "--run", str(run), "--trunc", "0.5", "none", "--extractor", str(extractor_file), "--n", "30"]
+    assert gan.main(argv) == 0
+    out = capsys.readouterr().out
+    result = json.loads((run / "eval.json").read_text())
+    assert result["network"] == "tiny" and result["n_real"] == 24
+    assert [(row["trunc"], row["n"]) for row in result["scores"]] == [(0.5, 30), (None, 30)]
+    assert "FD(tiny)" in out and "FID" not in out and "0.5" in out and "30" in out
+    assert Image.open(run / "eval-trunc-0.5.png").size == Image.open(run / "eval-trunc-none.png").size
+
+    # The same by hand.
+    network = metrics.load_extractor(extractor_file)
+    G, _ = gan.load_generator(run)
+    images, labels, _ = gan.load_images(json.loads((run / "config.json").read_text())["data"], 16, 3)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    samples = gan.generate(G, 30, 0.5, labels[order])
+    real, fake = metrics.extract(network, images)[0], metrics.extract(network, samples)[0]
+    assert abs(result["scores"][0]["FD(tiny)"] - metrics.frechet_distance(real, fake)) < 1e-6
+
+    # The real images' features come from the cache.
+    sizes = []
+    extract = metrics.extract
+    monkeypatch.setattr(metrics, "extract", lambda e, x, batch=64: sizes.append(len(x)) or extract(e, x, batch))
+    assert gan.main(argv) == 0 and sizes == [30, 30]
+    assert json.loads((run / "eval.json").read_text()) == result
+
+
+def test_eval_without_inception_weights(run, capsys, monkeypatch):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("offline")
+
+    monkeypatch.setattr(metrics.Inception_V3_Weights, "get_state_dict", offline)
+    (run / "eval-trunc-0.7.png").unlink(missing_ok=True)
+    assert gan.main(["eval", "--run", str(run), "--trunc", "0.7"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "checkpoints" in captured.err and "--extractor" in captured.err
+    row = json.loads((run / "eval.json").read_text())["scores"][0]
+    assert row["FID"] is None and row["IS"] is None and row["trunc"] == 0.7
+    assert (run / "eval-trunc-0.7.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics
+
+
+def normal(n, d, seed):
+    return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_stats_equal_numpy_in_any_parts(tmp_path):
+    x = normal(500, 7, 0) @ normal(7, 7, 1) + 1000  # far from zero: sums of squares would lose digits
+    stats = metrics.FeatureStats(7)
+    for part in x.split([1, 99, 0, 400]):
+        stats.update(part)
+    merged = metrics.FeatureStats(7).update(x[:200]).merge(metrics.FeatureStats(7).update(x[200:]).merge(metrics.FeatureStats(7)))
+    stats.save(tmp_path / "stats.npz")
+    for s in (stats, merged, metrics.FeatureStats.load(tmp_path / "stats.npz")):
+        assert s.n == 500
+        assert np.abs(s.mean.numpy() - x.numpy().mean(0)).max() < 1e-9
+        assert np.abs(s.cov.numpy() - np.cov(x.numpy(), rowvar=False)).max() < 1e-9
+    (tmp_path / "no.npz").write_text("no")
+    with pytest.raises(metrics.UserError):
+        metrics.FeatureStats.load(tmp_path / "no.npz")
+
+
+def stats_of(mean, cov):
+    stats = metrics.FeatureStats(len(mean))
+    stats.n, stats.mean, stats.scatter = 2, torch.as_tensor(mean).double(), torch.as_tensor(cov).double()
+    return stats
+
+
+def test_frechet_distance_closed_forms():
+    # Diagonal covariances: |mu - nu|^2 + sum of (s - t)^2.
+    s, t = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([3.0, 0.5, 1.0])
+    distance = metrics.frechet_distance(stats_of([0, 0, 0], torch.diag(s**2)), stats_of([1, 2, 2], torch.diag(t**2)))
+    assert abs(distance - (9 + 4 + 2.25 + 1)) < 1e-9
+    # Covariances that do not commute, against the eigenvalues of their plain product.
+    a, b = (normal(40, 6, seed) @ normal(6, 6, seed + 9) + seed for seed in (0, 1))
+    A, B = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(A + B) - 2 * np.sqrt(np.linalg.eigvals(A @ B)).real.sum()
+    assert abs(metrics.frechet_distance(a, b) - expected) < 1e-8
+    # Fewer samples than dimensions.
+    x = normal(10, 50, 3)
+    assert metrics.frechet_distance(x, x) < 1e-5
+    assert abs(metrics.frechet_distance(x, x + 2) - 4 * 50) < 1e-4
+
+
+def test_inception_score_closed_forms():
+    one_hot = torch.eye(5).repeat(20, 1) * 1000
+    mean, std = metrics.inception_score(one_hot, splits=10)
+    assert abs(mean - 5) < 1e-9 and std < 1e-9
+    assert metrics.inception_score(torch.zeros(30, 5)) == (1.0, 0.0)
+    logits = normal(60, 4, 0)
+    p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
+    expected = [np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in np.split(p, 3)]
+    mean, std = metrics.inception_score(logits, splits=3)
+    assert abs(mean - np.mean(expected)) < 1e-9 and abs(std - np.std(expected)) < 1e-9
+
+
+def test_kernel_distance_equals_the_double_sum():
+    x, y = normal(7, 3, 0), normal(5, 3, 1) + 1
+    k = lambda a, b: (float(a @ b) / 3 + 1) ** 3  # noqa: E731
+    expected = (
+        sum(k(x[i], x[j]) for i in range(7) for j in range(7) if i != j) / 42
+        + sum(k(y[i], y[j]) for i in range(5) for j in range(5) if i != j) / 20
+        - 2 * sum(k(a, b) for a in x for b in y) / 35
+    )
+    assert abs(metrics.kernel_distance(x, y) - expected) < 1e-9
+    assert abs(metrics.kernel_distance(x, y) - metrics.kernel_distance(x, y, block=2)) < 1e-9
+    # Unbiased: over many pairs of samples of one distribution the mean is zero.
+    same = [metrics.kernel_distance(normal(20, 3, 2 * s), normal(20, 3, 2 * s + 1)) for s in range(500)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / math.sqrt(500)
+
+
+def test_precision_recall_equal_their_definitions():
+    real, fake, k = normal(40, 2, 0), normal(30, 2, 1) * 0.7 + 0.5, 3
+    distance = lambda a, b: math.dist(a.tolist(), b.tolist())  # noqa: E731
+    radius = lambda x, i: sorted(distance(x[i], other) for other in x)[k]  # noqa: E731
+    in_real = [[distance(f, r) <= radius(real, i) for i, r in enumerate(real)] for f in fake]
+    in_fake = [[distance(f, r) <= radius(fake, i) for i, f in enumerate(fake)] for r in real]
+    scores = metrics.precision_recall(real, fake, k)
+    assert abs(scores["precision"] - np.mean([any(row) for row in in_real])) < 1e-9
+    assert abs(scores["recall"] - np.mean([any(row) for row in in_fake])) < 1e-9
+    assert abs(scores["density"] - np.mean([sum(row) for row in in_real]) / k) < 1e-9
+    assert abs(scores["coverage"] - np.mean(np.array(in_real).any(0))) < 1e-9
+    assert metrics.precision_recall(real, fake, k, block=7) == scores
+    apart = metrics.precision_recall(real, fake + 100, k)
+    assert apart == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: metrics.frechet_distance(normal(5, 3, 0), normal(5, 4, 0)),
+        lambda: metrics.frechet_distance(normal(1, 3, 0), normal(5, 3, 0)),
+        lambda: metrics.frechet_distance(normal(5, 3, 0) * math.nan, normal(5, 3, 0)),
+        lambda: metrics.inception_score(normal(5, 3, 0), splits=6),
+        lambda: metrics.kernel_distance(normal(1, 3, 0), normal(5, 3, 0)),
+        lambda: metrics.precision_recall(normal(5, 3, 0), normal(5, 3, 0), k=5),
+    ],
+)
+def test_scores_refuse_what_they_cannot_do(call):
+    with pytest.raises(metrics.UserError):
+        call()
+
+
+def test_program_takes_gray_uint8_and_any_batch(extractor_file):
+    network = metrics.load_extractor(extractor_file)
+    images = torch.randint(256, (5, 1, 8, 12), dtype=torch.uint8)
+    features, logits = metrics.extract(network, images, batch=2)
+    assert features.shape == (5, 48) and logits.shape == (5, 5)
+    assert torch.allclose(features, metrics.extract(network, images.expand(-1, 3, -1, -1).float() / 255)[0], atol=1e-6)
+
+
+def test_inception_from_a_file(tmp_path):
+    """The architecture and its loading, with random weights; its output is nobody's score."""
+    torch.manual_seed(0)
+    model = metrics.inception_v3(weights=None, init_weights=False, aux_logits=True)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    network = metrics.load_extractor(tmp_path / "weights.pth")
+    images = torch.rand(2, 3, 32, 32)
+    features, logits = network(images)
+    assert features.shape == (2, 2048) and logits.shape == (2, 1000) and "weights.pth" in network.name
+    model.transform_input = True  # torchvision's own path from normalized images
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    large = F.interpolate(images, (299, 299), mode="bilinear")
+    assert torch.allclose(model.eval()((large - mean) / std), logits, atol=1e-4)
