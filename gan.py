@@ -143,6 +143,52 @@ def resolve(config):
 # Networks
 
 
+def channel_widths(size, width, max_width):
+    """Channels at size, size/2, ..., 4 pixels: doubled at every halving, up to max_width."""
+    if size not in (16, 32, 64, 128, 256):
+        raise UserError(f"size must be 16, 32, 64, 128 or 256, not {size}")
+    return [min(max_width, width * 2**i) for i in range(int(math.log2(size)) - 1)]
+
+
+class SpectralNorm(nn.Module):
+    """Parametrization weight -> weight / its largest singular value (arXiv 1802.05957), in float32 even under autocast,
+    which torch's own spectral_norm is not.
+
+    One power iteration in every training forward. The weight is seen as [shape[0], rest].
+    """
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("u", F.normalize(torch.randn(weight.shape[0]), dim=0))
+        self.register_buffer("v", F.normalize(torch.randn(weight[0].numel()), dim=0))
+        for _ in range(15):
+            self.iterate(weight.detach().flatten(1))
+
+    @torch.no_grad()
+    def iterate(self, matrix):
+        self.v.copy_(F.normalize(matrix.T.mv(self.u), dim=0))
+        self.u.copy_(F.normalize(matrix.mv(self.v), dim=0))
+
+    def forward(self, weight):
+        with torch.autocast(weight.device.type, enabled=False):
+            matrix = weight.flatten(1)
+            if self.training:
+                self.iterate(matrix)
+            # Clones, since a second forward may move u and v before the first one's backward.
+            sigma = self.u.clone().dot(matrix.mv(self.v.clone()))
+            return weight / sigma
+
+
+def initialize(net, spectral):
+    """Orthogonal weights and zero biases; spectral norm on the layers of the kinds in `spectral`."""
+    for layer in [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))]:
+        nn.init.orthogonal_(layer.weight)
+        if not isinstance(layer, nn.Embedding):
+            nn.init.zeros_(layer.bias)
+        if isinstance(layer, spectral):
+            parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
+
+
 def conv_pool(conv, x):
     """avg_pool2d(conv(x), 2) of a 3x3 conv as one 4x4 conv of stride 2: 4/9 of the multiply-adds. [N,C,H,W] -> [N,K,H/2,W/2]"""
     # The mean of a 3x3 kernel and its copies moved by one pixel is that kernel, average-pooled with padding.
@@ -203,7 +249,7 @@ class Generator(nn.Module):
         self.blocks = nn.ModuleList(GeneratorBlock(a, b, embedding) for a, b in itertools.pairwise(widths))
         self.norm = nn.BatchNorm2d(widths[-1])
         self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1)
-        orthogonal_init(self, (nn.Conv2d, nn.Linear))  # the embedding stays normal, on the scale of z
+        initialize(self, spectral=(nn.Conv2d, nn.Linear))
 
     def forward(self, z, y=None):
         e = torch.cat([z, self.embed(y)], dim=1) if self.num_classes else z
@@ -211,34 +257,6 @@ class Generator(nn.Module):
         for block in self.blocks:
             h = block(h, e)
         return torch.tanh(self.conv(F.relu(self.norm(h))).float())
-
-
-class SpectralNorm(nn.Module):
-    """Parametrization weight -> weight / its largest singular value (arXiv 1802.05957), in float32 even under autocast.
-
-    One power iteration in every training forward. The weight is seen as [shape[0], rest].
-    """
-
-    def __init__(self, weight):
-        super().__init__()
-        self.register_buffer("u", F.normalize(torch.randn(weight.shape[0]), dim=0))
-        self.register_buffer("v", F.normalize(torch.randn(weight[0].numel()), dim=0))
-        for _ in range(15):
-            self.iterate(weight.detach().flatten(1))
-
-    @torch.no_grad()
-    def iterate(self, matrix):
-        self.v.copy_(F.normalize(matrix.T.mv(self.u), dim=0))
-        self.u.copy_(F.normalize(matrix.mv(self.v), dim=0))
-
-    def forward(self, weight):
-        with torch.autocast(weight.device.type, enabled=False):
-            matrix = weight.flatten(1)
-            if self.training:
-                self.iterate(matrix)
-            # Clones, since a second forward may move u and v before the first one's backward.
-            sigma = self.u.clone().dot(matrix.mv(self.v.clone()))
-            return weight / sigma
 
 
 class DiscriminatorBlock(nn.Module):
@@ -270,8 +288,7 @@ class Discriminator(nn.Module):
         self.blocks = nn.ModuleList(DiscriminatorBlock(a, b) for a, b in itertools.pairwise(widths))
         self.linear = nn.Linear(widths[-1], 1)
         self.embed = nn.Embedding(num_classes, widths[-1]) if num_classes else None
-        for layer in orthogonal_init(self, (nn.Conv2d, nn.Linear, nn.Embedding)):
-            parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
+        initialize(self, spectral=(nn.Conv2d, nn.Linear, nn.Embedding))
 
     def forward(self, x, y=None):
         h = self.conv(x.contiguous(memory_format=torch.channels_last))
@@ -283,23 +300,6 @@ class Discriminator(nn.Module):
             if self.num_classes:
                 logits = logits + (phi * self.embed(y)).sum(dim=1)
         return logits
-
-
-def channel_widths(size, width, max_width):
-    """Channels at size, size/2, ..., 4 pixels: doubled at every halving, up to max_width."""
-    if size not in (16, 32, 64, 128, 256):
-        raise UserError(f"size must be 16, 32, 64, 128 or 256, not {size}")
-    return [min(max_width, width * 2**i) for i in range(int(math.log2(size)) - 1)]
-
-
-def orthogonal_init(net, kinds):
-    """Orthogonal weights and zero biases for the layers of these kinds, which are returned."""
-    layers = [layer for layer in net.modules() if isinstance(layer, kinds)]
-    for layer in layers:
-        nn.init.orthogonal_(layer.weight)
-        if getattr(layer, "bias", None) is not None:
-            nn.init.zeros_(layer.bias)
-    return layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -720,9 +720,9 @@ def with_standing_statistics(G, trunc=None, n_batches=20, batch=64):
 
     The statistics of other z shift every layer: samples at trunc 0.7 with those of untruncated z are far worse.
     """
-    G = copy.deepcopy(G).train()
+    G = copy.deepcopy(G).eval()
     for norm in (m for m in G.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.reset_running_stats()
+        norm.train().reset_running_stats()
         norm.momentum = None  # the plain mean over batches
     generator = torch.Generator().manual_seed(0)
     for _ in range(n_batches):

@@ -145,6 +145,16 @@ def test_class_changes_the_output():
     assert (logits[0] - logits[1]).abs() > 1e-4
 
 
+def unit_weight(layer):
+    """The weight of a layer over its exact spectral norm."""
+    w = layer.parametrizations.weight.original
+    return w / torch.linalg.matrix_norm(w.flatten(1), 2)
+
+
+def convolve(layer, x):
+    return F.conv2d(x, unit_weight(layer), layer.bias, padding=layer.kernel_size[0] // 2)
+
+
 def textbook_generator(G, z, y):
     """G's forward pass as it is usually written: upsample first, then norm, ReLU and convolution."""
 
@@ -152,35 +162,28 @@ def textbook_generator(G, z, y):
         return h.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 
     def norm(layer, h, e):
-        gain, bias = layer.gain_bias(e).chunk(2, dim=1)
+        gain, bias = (e @ unit_weight(layer.gain_bias).T + layer.gain_bias.bias).chunk(2, dim=1)
         mean, var = h.mean((0, 2, 3), keepdim=True), h.var((0, 2, 3), keepdim=True, correction=0)
         return (h - mean) / (var + 1e-5).sqrt() * (1 + gain)[:, :, None, None] + bias[:, :, None, None]
 
-    e = torch.cat([z, G.embed(y)], 1)
-    h = G.linear(e).reshape(len(z), -1, 4, 4)
+    e = torch.cat([z, G.embed.weight[y]], 1)
+    h = (e @ unit_weight(G.linear).T + G.linear.bias).reshape(len(z), -1, 4, 4)
     for b in G.blocks:
         x = up(h)
-        r = F.conv2d(F.relu(norm(b.norm1, x, e)), b.conv1.weight, b.conv1.bias, padding=1)
-        r = F.conv2d(F.relu(norm(b.norm2, r, e)), b.conv2.weight, b.conv2.bias, padding=1)
-        h = r + b.skip(x)
-    return torch.tanh(G.conv(F.relu(G.norm(h))))
+        r = convolve(b.conv1, F.relu(norm(b.norm1, x, e)))
+        r = convolve(b.conv2, F.relu(norm(b.norm2, r, e)))
+        h = r + (x if isinstance(b.skip, torch.nn.Identity) else convolve(b.skip, x))
+    return torch.tanh(convolve(G.conv, F.relu(G.norm(h))))
 
 
 def textbook_discriminator(D, x, y):
-    """D's forward pass as it is usually written: convolve first, then pool, with weights over their exact norms."""
-
-    def weight(layer):
-        w = layer.parametrizations.weight.original
-        return w / torch.linalg.matrix_norm(w.flatten(1), 2)
-
-    h = F.conv2d(x, weight(D.conv), D.conv.bias, padding=1)
+    """D's forward pass as it is usually written: convolve first, then pool."""
+    h = convolve(D.conv, x)
     for b in D.blocks:
-        r = F.conv2d(F.relu(h), weight(b.conv1), b.conv1.bias, padding=1)
-        r = F.conv2d(F.relu(r), weight(b.conv2), b.conv2.bias, padding=1)
-        s = h if isinstance(b.skip, torch.nn.Identity) else F.conv2d(h, weight(b.skip), b.skip.bias)
-        h = F.avg_pool2d(r + s, 2)
+        r = convolve(b.conv2, F.relu(convolve(b.conv1, F.relu(h))))
+        h = F.avg_pool2d(r + (h if isinstance(b.skip, torch.nn.Identity) else convolve(b.skip, h)), 2)
     phi = F.relu(h).sum((2, 3))
-    return (phi @ weight(D.linear).T + D.linear.bias)[:, 0] + (phi * weight(D.embed)[y]).sum(1)
+    return (phi @ unit_weight(D.linear).T + D.linear.bias)[:, 0] + (phi * unit_weight(D.embed)[y]).sum(1)
 
 
 def randomized(net):
@@ -190,32 +193,36 @@ def randomized(net):
     return net
 
 
+def settle(net, *inputs):
+    """Forward passes until the power iterations have found the norms."""
+    for _ in range(300):
+        net(*inputs)
+
+
 def test_networks_equal_their_textbook_form():
     torch.manual_seed(0)
     y = torch.tensor([0, 1, 2, 1])
-    G = randomized(gan.Generator(32, 3, 4, 8, 8, 3))
-    z = torch.randn(4, 8)
+    G, z = randomized(gan.Generator(32, 3, 4, 8, 8, 3)), torch.randn(4, 8)
+    settle(G, z, y)
     assert torch.allclose(G(z, y), textbook_generator(G, z, y), rtol=0, atol=1e-5)
-
     D, x = randomized(gan.Discriminator(32, 3, 4, 8, 3)), torch.rand(4, 3, 32, 32) * 2 - 1
-    for _ in range(300):  # power iterations, until the estimated norms are exact
-        D(x, y)
-    assert torch.allclose(D.eval()(x, y), textbook_discriminator(D, x, y), rtol=0, atol=1e-4)
+    settle(D, x, y)
+    assert torch.allclose(D(x, y), textbook_discriminator(D, x, y), rtol=0, atol=1e-5)
 
 
 def test_spectral_norm_gives_unit_norm_and_holds_still_in_eval_mode():
     torch.manual_seed(0)
-    D = randomized(gan.Discriminator(16, 3, 4, 8, 3))
-    x, y = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
-    for _ in range(300):
-        D(x, y)
-    layers = [m for m in D.modules() if hasattr(m, "parametrizations")]
-    assert len(layers) == 1 + 2 * 3 - 1 + 1 + 1  # stem, two blocks (one changes its width), linear, embedding
-    for layer in layers:
-        assert abs(torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() - 1) < 1e-3
-    before = {k: v.clone() for k, v in D.eval().state_dict().items()}
-    D(x, y)
-    assert all(torch.equal(v, before[k]) for k, v in D.state_dict().items())
+    G, D = randomized(gan.Generator(16, 3, 4, 8, 8, 3)), randomized(gan.Discriminator(16, 3, 4, 8, 3))
+    y = torch.tensor([0, 1])
+    for net, inputs in ((G, (torch.randn(2, 8), y)), (D, (torch.rand(2, 3, 16, 16), y))):
+        settle(net, *inputs)
+        layers = [m for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.Embedding))]
+        for layer in layers:
+            if layer is not G.embed:
+                assert abs(torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() - 1) < 1e-3
+        before = {k: v.clone() for k, v in net.eval().state_dict().items()}
+        net(*inputs)
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
 def test_spectral_norm_is_float32_under_autocast():
@@ -309,7 +316,7 @@ def test_impossible_trunc(trunc):
 
 def test_sampling_takes_statistics_of_its_trunc():
     torch.manual_seed(0)
-    G = gan.Generator(16, 3, 4, 8, 8)
+    G = gan.Generator(16, 3, 4, 8, 8).eval()
     before = {k: v.clone() for k, v in G.state_dict().items()}
     for trunc in (None, 0.5):
         norm = gan.with_standing_statistics(G, trunc).blocks[0].norm1.norm
