@@ -102,7 +102,7 @@ class Config:
         """Raises UserError at the first value out of its range."""
         positive = ("max_width", "z_dim", "epochs", "lr_G", "lr_D", "d_steps", "g_steps", "ema_images", "ema_ramp",
                     "log_every", "sample_every", "save_minutes")
-        rules = [(getattr(self, name) > 0, f"--{name} must be positive") for name in positive]
+        rules = [(0 < getattr(self, name) < math.inf, f"--{name} must be positive") for name in positive]
         rules += [
             (self.size is None or self.size in (16, 32, 64, 128, 256), "--size must be 16, 32, 64, 128 or 256"),
             (self.channels in (None, 1, 3), "--channels must be 1 or 3"),
@@ -112,7 +112,7 @@ class Config:
             (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "--beta1 and --beta2 must be in [0, 1)"),
             (0 <= self.label_smoothing < 1, "--label-smoothing must be in [0, 1)"),
             (not self.label_smoothing or self.loss in SMOOTHABLE, f"--label-smoothing goes with {', '.join(SMOOTHABLE)}"),
-            (self.seed >= 0, "--seed must not be negative"),
+            (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
         ]
         for f in fields(self):
             allowed = f.metadata["choices"]
@@ -714,6 +714,10 @@ def device_of(net):
     return next(net.parameters()).device
 
 
+def count_parameters(net):
+    return sum(p.numel() for p in net.parameters())
+
+
 @torch.no_grad()
 def with_standing_statistics(G, trunc=None, n_batches=20, batch=64):
     """A copy of G, in eval mode, whose batch norms hold the statistics of z drawn with this trunc and of all classes.
@@ -915,6 +919,79 @@ def load_generator(run_or_checkpoint, device="cpu"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A run's folder, and what is said while it runs
+
+
+def create_run(config):
+    """A new folder for the run: --name, which must not exist, or the next free number and what the run is."""
+    runs = Path(config.runs)
+    runs.mkdir(parents=True, exist_ok=True)
+    numbers = [int(run.name[:4]) for run in runs.iterdir() if re.match(r"\d{4}-", run.name)]
+    data = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.data).name)
+    name = config.name or f"{max(numbers, default=-1) + 1:04d}-{config.loss}{'-cond' * config.cond}-{data}-{config.size}"
+    try:
+        (runs / name).mkdir()
+    except FileExistsError:
+        raise UserError(f"{runs / name} exists: choose another --name, or go on with it by --resume {runs / name}")
+    (runs / name / "samples").mkdir()
+    return runs / name
+
+
+def open_log(path, step):
+    """The log, open at its end; what a killed run logged after its last checkpoint is cut off."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+    return open(path, "a")
+
+
+def tensorboard_writer(run):
+    """A SummaryWriter for the run, or with run None just the check that there is one to be had."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
+    return SummaryWriter(run) if run else None
+
+
+def write_picture(path, picture):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_pil_image(picture).save(path)
+
+
+def show(line, last=False):
+    """Prints a line of progress: over the one before on a terminal, below it elsewhere."""
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K{line}", end="\n" if last else "", flush=True)
+    else:
+        print(line, flush=True)
+
+
+def status_line(record, steps, rate):
+    minutes, seconds = divmod(round((steps - record["step"]) / rate), 60)
+    return (f"step {record['step']}/{steps}  epoch {record['epoch']:.1f}  {record['images_per_s']:.0f} images/s  "
+            f"{minutes}:{seconds:02d} left  loss D {record['loss_D']:.3f} G {record['loss_G']:.3f}  "
+            f"D right on real {record['right_real']:.0%} fake {record['right_fake']:.0%}")
+
+
+@contextlib.contextmanager
+def stop_on_signal():
+    """Yields an Event that Ctrl-C and SIGTERM set; a second one interrupts at once."""
+    stop, before = threading.Event(), {}
+
+    def handler(number, frame):
+        stop.set()
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -1005,23 +1082,16 @@ def train_step(state, data):
 def train(config, resume=None):
     """Trains a GAN and returns its run's folder, a Path, which holds config.json, checkpoint.pt, log.jsonl and samples/.
 
-    resume: a run's folder, to go on from its checkpoint until config.epochs or config.steps; on one CPU the outcome is
+    resume: a run's folder, to go on from its checkpoint until config.epochs or config.steps; on a CPU the outcome is
     that of a run without the break, bit for bit. Ctrl-C and SIGTERM end the step, save and return. Raises UserError for
     what cannot be done, and if a loss is no longer finite; the checkpoint then stays as it was last saved.
     """
     config = resolve(config)
     device = pick_device(config.device)
-    amp_dtype(config.amp, device)
     content = read_checkpoint(resume / "checkpoint.pt", device) if resume else None
-    images, labels, classes = load_images(config.data, config.size, config.channels, config.data_dir)
-    if len(images) < config.batch:
-        raise UserError(f"--batch {config.batch} is more than the {len(images)} images of {config.data}")
-    if config.cond and len(classes) < 2:
-        raise UserError(f"--cond needs at least two classes, and {config.data} has {len(classes)}: one sub-folder each")
-    if content and config.cond and classes != content["classes"]:
-        raise UserError(f"the classes in {config.data} are no longer those of {resume}")
-    config = replace(config, augment=auto_policy(len(images)) if config.augment == "auto" else config.augment)
-
+    images, labels, classes = training_images(config, content)
+    if config.augment == "auto":
+        config = replace(config, augment=auto_policy(len(images)))
     steps_per_epoch = len(images) // config.batch // config.d_steps or 1
     steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
     sample_every = max(1, round(config.sample_every * steps_per_epoch))
@@ -1029,6 +1099,8 @@ def train(config, resume=None):
         raise UserError(f"{resume} has its {content['step']} steps behind it; --steps or --epochs can ask for more")
 
     state = restore(content, config, device) if content else new_state(config, classes, device)
+    if config.tensorboard:
+        tensorboard_writer(None)
     run = resume or create_run(config)
     (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     writer = tensorboard_writer(run) if config.tensorboard else None
@@ -1038,42 +1110,54 @@ def train(config, resume=None):
     data = batches(place(images, device), labels, config, device, start=state.step * config.d_steps)
     stats, first, began, saved = [], state.step, time.monotonic(), time.monotonic()
     with open_log(run / "log.jsonl", state.step) as log, stop_on_signal() as stop:
-        while state.step < steps:
+        done = False
+        while not done:
             stats.append(train_step(state, data))
 
-            done = state.step == steps or stop.is_set()
-            sample = state.step % sample_every == 0 or done
+            done = state.step == steps or stop.is_set()  # read once: a signal that comes later waits for the next step
+            sample = done or state.step % sample_every == 0
             save = sample or time.monotonic() - saved > 60 * config.save_minutes
-            if not (save or state.step % config.log_every == 0):
+            if not save and state.step % config.log_every:
                 continue
 
-            history = torch.stack(stats).cpu()  # [steps,4]; the only time that the CPU waits for the device
+            history = torch.stack(stats).cpu()  # [steps,4]; here alone the CPU waits for the device
             check_finite(state, history, run)
-            rate = (state.step - first) / (time.monotonic() - began)  # steps a second, of this session
+            stats.clear()
+            rate = (state.step - first) / (time.monotonic() - began)  # steps a second since this call began
             record = {"step": state.step, "epoch": state.step / steps_per_epoch, "images_per_s": rate * config.batch}
             record |= zip(("loss_D", "loss_G", "right_real", "right_fake"), history.mean(dim=0).tolist())
-            stats.clear()
             log.write(json.dumps(record) + "\n")
             log.flush()
             show(status_line(record, steps, rate), last=done)
-            if writer:
-                for name in record.keys() - {"step"}:
-                    writer.add_scalar(name, record[name], state.step)
             if sample:
                 picture = sample_grid(state.G_ema)
                 write_picture(run / "samples" / f"{state.step:07d}.png", picture)
-                if writer:
+            if writer:
+                for name in record.keys() - {"step"}:
+                    writer.add_scalar(name, record[name], state.step)
+                if sample:
                     writer.add_image("samples", picture, state.step)
+                writer.flush()
             if save:
                 save_checkpoint(run / "checkpoint.pt", state)
                 saved = time.monotonic()
-            if stop.is_set():
-                break
     if state.step < steps:
         print(f"stopped and saved at step {state.step}; go on with: python gan.py train --resume {run}")
     else:
         print(f"done: see {run / 'samples'}; score it with: python gan.py eval --run {run}")
     return run
+
+
+def training_images(config, content=None):
+    """What load_images returns. Raises UserError if it does not fit the config or the checkpoint's content."""
+    images, labels, classes = load_images(config.data, config.size, config.channels, config.data_dir)
+    if len(images) < config.batch:
+        raise UserError(f"--batch {config.batch} is more than the {len(images)} images of {config.data}")
+    if config.cond and len(classes) < 2:
+        raise UserError(f"--cond needs two classes or more, a sub-folder each, and {config.data} has {len(classes)}")
+    if content and config.cond and classes != content["classes"]:
+        raise UserError(f"the classes of {config.data} are not those that the run began with")
+    return images, labels, classes
 
 
 def check_finite(state, stats, run):
@@ -1087,78 +1171,6 @@ def check_finite(state, stats, run):
                         f"lower --lr-G and --lr-D, or --amp off; {kept}")
 
 
-def create_run(config):
-    """A new folder for the run: --name, which must not exist, or the next free number and what the run is."""
-    runs = Path(config.runs)
-    runs.mkdir(parents=True, exist_ok=True)
-    numbers = [int(run.name[:4]) for run in runs.iterdir() if re.match(r"\d{4}-", run.name)]
-    data = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.data).name)
-    name = config.name or f"{max(numbers, default=-1) + 1:04d}-{config.loss}{'-cond' * config.cond}-{data}-{config.size}"
-    try:
-        (runs / name).mkdir()
-    except FileExistsError:
-        raise UserError(f"{runs / name} exists: choose another --name, or go on with it by --resume {runs / name}")
-    (runs / name / "samples").mkdir()
-    return runs / name
-
-
-def open_log(path, step):
-    """The log, open at its end; what a killed run logged after its last checkpoint is cut off."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-    return open(path, "a")
-
-
-@contextlib.contextmanager
-def stop_on_signal():
-    """Yields an Event that Ctrl-C and SIGTERM set; a second one interrupts at once."""
-    stop, before = threading.Event(), {}
-
-    def handler(number, frame):
-        stop.set()
-        signal.signal(number, before[number])
-
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def tensorboard_writer(run):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs a package: pip install tensorboard")
-    return SummaryWriter(run)
-
-
-def count_parameters(net):
-    return sum(p.numel() for p in net.parameters())
-
-
-def write_picture(path, picture):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil_image(picture).save(path)
-
-
-def status_line(record, steps, rate):
-    minutes, seconds = divmod(round((steps - record["step"]) / rate), 60)
-    return (f"step {record['step']}/{steps}  epoch {record['epoch']:.1f}  {record['images_per_s']:.0f} images/s  "
-            f"{minutes}:{seconds:02d} left  loss D {record['loss_D']:.3f} G {record['loss_G']:.3f}  "
-            f"D right on real {record['right_real']:.0%} fake {record['right_fake']:.0%}")
-
-
-def show(line, last=False):
-    """Prints a line of progress: over the one before on a terminal, below it elsewhere."""
-    if sys.stdout.isatty():
-        print(f"\r\x1b[K{line}", end="\n" if last else "", flush=True)
-    else:
-        print(line, flush=True)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
@@ -1170,7 +1182,10 @@ def evaluate(run_or_checkpoint, truncs=(None,), n=None, extractor="inception", d
     extractor: see metrics.load_extractor. Beside the checkpoint come eval.json and a grid eval-trunc-T.png for each
     trunc. Without Inception's weights FID and IS are None and "note" says what would help. Raises UserError.
     """
-    import metrics
+    try:
+        import metrics
+    except ImportError:
+        raise UserError("eval needs the file metrics.py beside gan.py")
 
     device = pick_device(device)
     path = Path(run_or_checkpoint)
@@ -1178,26 +1193,23 @@ def evaluate(run_or_checkpoint, truncs=(None,), n=None, extractor="inception", d
     G, config = load_generator(path, device)
     images, labels, _ = load_images(config.data, config.size, config.channels, config.data_dir)
     n = n or len(images)
-    result = {"checkpoint": str(path), "data": config.data, "network": None, "n_real": len(images), "seed": seed}
+    # Shuffled, since each split of the Inception Score needs all classes.
+    classes = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))] if G.num_classes else None
+    result = {"checkpoint": str(path), "data": config.data, "network": None, "n_real": len(images), "seed": seed, "scores": []}
     try:
         network = metrics.load_extractor(extractor, device)
         result["network"] = network.name
-        real = metrics.extract_cached(network, images, cache_folder())
     except metrics.WeightsMissing as error:
         network, result["note"] = None, str(error)
     except metrics.UserError as error:
         raise UserError(str(error))
-
-    # Shuffled, since each split of the Inception Score needs all classes.
-    classes = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
-    result["scores"] = []
+    real = metrics.extract_cached(network, images, cache_folder()) if network else None
     for trunc in truncs:
-        row = {"trunc": trunc, "n": n, "FID": None, "IS": None, "IS std": None}
+        scores = {"FID": None, "IS": None, "IS std": None}
         if network:
-            samples = generate(G, n, trunc, classes if G.num_classes else None, seed)
-            row = {"trunc": trunc, "n": n, **metrics.score(network, real, metrics.extract(network, samples))}
+            scores = metrics.score(network, real, metrics.extract(network, generate(G, n, trunc, classes, seed)))
+        result["scores"].append({"trunc": trunc, "n": n, **scores})
         write_picture(path.parent / f"eval-trunc-{trunc_name(trunc)}.png", sample_grid(G, trunc, seed=seed))
-        result["scores"].append(row)
     (path.parent / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
@@ -1294,14 +1306,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"gan.py: error: {message} (--help lists the flags)\n")
 
 
-def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be positive, not {value}")
-    return value
+def at_least(least):
+    def whole_number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return int(text)
+
+    return whole_number
 
 
-def trunc_type(text):
+def truncation(text):
     if text == "none":
         return None
     value = float(text)
@@ -1310,7 +1324,7 @@ def trunc_type(text):
     return value
 
 
-def int_list(text):
+def class_list(text):
     return [int(part) for part in text.split(",")]
 
 
@@ -1333,16 +1347,16 @@ def make_parser():
 
     p = commands.add_parser("eval", help="score a run", allow_abbrev=False)
     p.set_defaults(command=eval_command)
-    p.add_argument("--trunc", type=trunc_type, nargs="+", default=[None], help="one or several bounds of |z|; none for no bound (none)")
-    p.add_argument("--n", type=positive_int, help="samples (as many as training images)")
+    p.add_argument("--trunc", type=truncation, nargs="+", default=[None], help="one or several bounds of |z|; none for no bound (none)")
+    p.add_argument("--n", type=at_least(2), help="samples (as many as training images)")
     p.add_argument("--extractor", default="inception", help="inception, a weights file or a .pt2 program (inception)")
     add_common(p)
 
     p = commands.add_parser("sample", help="write samples of a run", allow_abbrev=False)
     p.set_defaults(command=sample_command)
-    p.add_argument("--trunc", type=trunc_type, help="bound of |z| (none)")
-    p.add_argument("--n", type=positive_int, help="samples (10 of a class, or 80)")
-    p.add_argument("--classes", type=int_list, help="class indices, as in 3,5 (all)")
+    p.add_argument("--trunc", type=truncation, help="bound of |z| (none)")
+    p.add_argument("--n", type=at_least(1), help="samples (10 of a class, or 80)")
+    p.add_argument("--classes", type=class_list, help="class indices, as in 3,5 (all)")
     p.add_argument("--interpolate", action="store_true", help="rows that walk between random pairs of z")
     p.add_argument("--out", default="samples.png", help=".png for a grid, .npz, or a folder for numbered .png (samples.png)")
     add_common(p)
@@ -1353,7 +1367,7 @@ def add_common(p):
     p.add_argument("--run", help="run, by name or path, or checkpoint file (the newest run)")
     p.add_argument("--runs", default="runs", help="folder that holds the runs (runs)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
-    p.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
+    p.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (0)")
 
 
 def main(argv=None):

@@ -832,7 +832,7 @@ def test_user_errors_of_train(flags, hint, run, folder, tmp_path, capsys, monkey
         ("eval --run nowhere", "nowhere"),
         ("eval --run {run} --trunc -1", "positive"),
         ("eval --run {run} --trunc much", "trunc"),
-        ("eval --run {run} --n 0", "positive"),
+        ("eval --run {run} --n 1", "at least 2"),
         ("eval --run {run} --extractor {tmp}/nowhere.pt2", "nowhere.pt2"),
         ("eval --run {run} --extractor {tmp}/text.pt2", "text.pt2"),
         ("eval --run {run} --extractor {tmp}/text.pt", "text.pt"),
