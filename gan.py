@@ -43,7 +43,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from torchvision.utils import make_grid
 
 DATASETS = ("synthetic", "flowers17", "mnist", "fashion", "usps", "cifar10", "celeba", "flowers102")
-DIGITS = ("mnist", "fashion", "usps")  # gray, and not to be mirrored
+GRAY = ("mnist", "fashion", "usps")  # one channel, and not to be mirrored: digits would change, and shoes all point left
 
 
 class UserError(ValueError):
@@ -134,8 +134,8 @@ def resolve(config):
         data_dir=str(Path(config.data_dir).expanduser().resolve()),
         size=size,
         width=config.width or size // 2,
-        channels=config.channels or (1 if config.data in DIGITS else 3),
-        flip=config.data not in DIGITS if config.flip is None else config.flip,
+        channels=config.channels or (1 if config.data in GRAY else 3),
+        flip=config.data not in GRAY if config.flip is None else config.flip,
     )
 
 

@@ -440,7 +440,7 @@ def test_each_lossless_mode_is_decoded_exactly(tmp_path, kind):
     pil = to_pil_image(picture)
     if mode == "I;16":
         expected = picture[:1].expand(3, -1, -1)
-        pil = to_pil_image(picture[:1].to(torch.int32).mul(257).to(torch.uint16).view(torch.int16), mode="I;16")
+        pil = Image.fromarray(picture[0].numpy().astype(np.uint16) * 257)
     else:
         pil = pil.convert(mode)
         expected = torch.from_numpy(np.array(pil.convert("RGB"))).permute(2, 0, 1)
@@ -1027,7 +1027,8 @@ def test_inception_score_closed_forms():
     one_hot = torch.eye(5).repeat(20, 1) * 1000
     mean, std = metrics.inception_score(one_hot, splits=10)
     assert abs(mean - 5) < 1e-9 and std < 1e-9
-    assert metrics.inception_score(torch.zeros(30, 5)) == (1.0, 0.0)
+    mean, std = metrics.inception_score(torch.zeros(30, 5))
+    assert abs(mean - 1) < 1e-9 and std < 1e-9
     logits = normal(60, 4, 0)
     p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
     expected = [np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in np.split(p, 3)]
