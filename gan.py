@@ -6,15 +6,17 @@
     python gan.py eval --trunc 0.7                                  # scores and pictures of the newest run
     python gan.py sample --interpolate --out walk.png
 
-A residual generator with adaptive batch norm on noise and class, a projection discriminator with spectral norm
-(arXiv 1802.05957, 1802.05637), differentiable augmentation (2006.10738), averaged weights and exact truncation.
+A residual generator with adaptive batch norm on noise and class, a projection discriminator (arXiv 1802.05637) with
+spectral norm (1802.05957), differentiable augmentation (2006.10738), averaged weights and exact truncation.
 """
 
 import argparse
 import contextlib
 import copy
 import functools
+import glob
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -60,7 +62,7 @@ def option(default, help, choices=None):
 
 @dataclass
 class Config:
-    """All hyper-parameters of a run. None means: chosen from the data when the run starts (see `resolve`)."""
+    """All hyper-parameters of a run. None stands for the default that the text in parentheses tells (see `resolve`)."""
 
     loss: str = option("ns", "adversarial loss", ("ns", "hinge", "minimax", "lsgan", "wgan"))
     cond: bool = option(False, "condition on the class; needs data with classes")
@@ -102,17 +104,18 @@ class Config:
         """Raises UserError at the first value out of its range."""
         positive = ("max_width", "z_dim", "epochs", "lr_G", "lr_D", "d_steps", "g_steps", "ema_images", "ema_ramp",
                     "log_every", "sample_every", "save_minutes")
-        rules = [(0 < getattr(self, name) < math.inf, f"--{name} must be positive") for name in positive]
+        rules = [(0 < getattr(self, name) < 1e9, f"--{name} must be positive") for name in positive]
         rules += [
             (self.size is None or self.size in (16, 32, 64, 128, 256), "--size must be 16, 32, 64, 128 or 256"),
             (self.channels in (None, 1, 3), "--channels must be 1 or 3"),
             (self.width is None or self.width > 0, "--width must be positive"),
             (self.steps is None or self.steps > 0, "--steps must be positive"),
-            (self.batch > 1, "--batch must be at least 2: batch norm needs company"),
+            (self.batch > 1, "--batch must be at least 2: batch norm compares samples"),
             (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "--beta1 and --beta2 must be in [0, 1)"),
             (0 <= self.label_smoothing < 1, "--label-smoothing must be in [0, 1)"),
             (not self.label_smoothing or self.loss in SMOOTHABLE, f"--label-smoothing goes with {', '.join(SMOOTHABLE)}"),
-            (0 <= self.seed < 2**32, "--seed must be from 0 to 2**32 - 1"),
+            (0 <= self.seed < 2**32, "--seed must be from 0 to 4294967295"),
+            (self.data != "", "--data must not be empty"),
         ]
         for f in fields(self):
             allowed = f.metadata["choices"]
@@ -123,6 +126,10 @@ class Config:
         parse_policy("" if self.augment == "auto" else self.augment)
 
 
+def absolute(path):
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def resolve(config):
     """A copy of config with every None that depends on the kind of data filled in, and paths of data made absolute."""
     config.check()
@@ -130,8 +137,9 @@ def resolve(config):
     size = config.size or (32 if config.data == "synthetic" else 64)
     return replace(
         config,
-        data=config.data if named else str(Path(config.data).expanduser().resolve()),
-        data_dir=str(Path(config.data_dir).expanduser().resolve()),
+        data=config.data if named else absolute(config.data),
+        data_dir=absolute(config.data_dir),
+        runs=str(config.runs),
         size=size,
         width=config.width or size // 2,
         channels=config.channels or (1 if config.data in GRAY else 3),
@@ -152,7 +160,7 @@ def channel_widths(size, width, max_width):
 
 class SpectralNorm(nn.Module):
     """Parametrization weight -> weight / its largest singular value (arXiv 1802.05957), in float32 even under autocast,
-    which torch's own spectral_norm is not.
+    which torch's own spectral_norm is not on CUDA.
 
     One power iteration in every training forward. The weight is seen as [shape[0], rest].
     """
@@ -431,21 +439,24 @@ def load_images(data, size, channels, data_dir="data"):
 
     data: a folder, searched recursively (JPEG, PNG, WebP, GIF, BMP, TIFF); its sub-folders are the classes if every image
     lies in one. Or a name out of DATASETS, which lie in data_dir or are downloaded there. Transparency turns white.
-    Returns uint8 images [N,channels,size,size], a memory map of the cache; int64 labels [N]; the class names, none
-    ([]) without classes. Raises UserError when there is no usable image.
+    Returns uint8 images [N,channels,size,size], where possible a memory map of the cache; int64 labels [N]; the class
+    names, an empty list without classes. Raises UserError when there is no usable image.
     """
     if data == "synthetic":
         return synthetic_flowers(size, channels)
-    source = open_dataset(data, Path(data_dir)) if data in DATASETS else open_folder(Path(data).expanduser())
-    folder = cache_folder() / f"images-{fingerprint(source, data if data in DATASETS else 'folder', size, channels)}"
+    named = data in DATASETS
+    source = open_dataset(data, Path(data_dir)) if named else open_folder(Path(absolute(data)))
+    folder = cache_folder() / f"images-{fingerprint(source, data if named else 'folder', size, channels)}"
     cached = read_cache(folder, size, channels)
     if cached is None:
         try:
-            cached = write_cache(folder, decoded(source, size, channels)) or read_cache(folder, size, channels)
+            write_cache(folder, decoded(source, size, channels))
+            cached = read_cache(folder, size, channels)
         except OSError as error:
-            print(f"the images stay in memory, since they cannot be cached: {error}")
-            images, class_of = zip(*decoded(source, size, channels))
-            cached = torch.stack(images), list(class_of)
+            say(f"the images stay in memory, since they cannot be cached: {error}")
+    if cached is None:
+        images, class_of = zip(*decoded(source, size, channels))
+        cached = torch.stack(images), class_of
     images, class_of = cached
     classes = [] if None in class_of else sorted(set(class_of), key=natural)
     index = {name: i for i, name in enumerate(classes)}
@@ -454,15 +465,16 @@ def load_images(data, size, channels, data_dir="data"):
 
 def natural(name):
     """Sort key that puts 9 before 10."""
-    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", name)], name
 
 
 def open_folder(folder, class_of=None):
     """The Source of a folder. class_of(relative path) -> class name or None; by default the first sub-folder's name."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data takes a folder of images or one of {', '.join(DATASETS)}")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    names = [path.relative_to(folder) for path in files]
+    # glob passes over hidden files and folders, and follows links.
+    names = [Path(name) for name in sorted(glob.glob("**", root_dir=folder, recursive=True)) if (folder / name).is_file()]
+    files = [folder / name for name in names]
     class_of = class_of or (lambda name: name.parts[0] if len(name.parts) > 1 else None)
     return Source([str(name) for name in names], lambda i: (decode(files[i]), class_of(names[i])), files)
 
@@ -475,7 +487,7 @@ def decode(path):
         image = ImageOps.exif_transpose(file)
     if image.mode.startswith("I"):  # 16 bits a pixel
         return torch.from_numpy((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))[None]
-    if image.has_transparency_data:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return pil_to_tensor(image.convert("RGB"))
 
@@ -510,8 +522,11 @@ def open_dataset(name, root):
             return open_flowers17(root)
         kind, parts, pattern = TORCHVISION[name]
         dataset = ConcatDataset([getattr(torchvision.datasets, kind)(str(root), download=True, **part) for part in parts])
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{name} is not in {root} (see --data-dir) and cannot be downloaded: {error}")
+    except ImportError as error:
+        raise UserError(f"{name} needs a package: pip install {error.name}")
+    except Exception as error:  # torchvision's readers raise errors of many kinds for files that are cut off
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{name} is not in {root} (see --data-dir), or damaged, and cannot be downloaded: {reason}")
 
     def read(i):
         image, label = dataset[i]
@@ -533,7 +548,7 @@ def open_flowers17(root):
 
 
 def decoded(source, size, channels):
-    """Yields (uint8 [channels,size,size], class name or None) of all that can be read; names and counts the rest."""
+    """Yields (uint8 [channels,size,size], class name or None) of every readable image; names and counts the others."""
 
     def item(i):
         try:
@@ -554,7 +569,7 @@ def decoded(source, size, channels):
                 show(f"decoded {i + 1} of {len(source.names)} files")
     if skipped:
         more = f" and {len(skipped) - 10} more" if len(skipped) > 10 else ""
-        print(f"skipped {len(skipped)} of {len(source.names)} files that are no readable image: {', '.join(skipped[:10])}{more}")
+        say(f"skipped {len(skipped)} of {len(source.names)} files, no readable images: {', '.join(skipped[:10])}{more}")
     if len(skipped) == len(source.names):
         raise UserError("no usable image: give a folder that holds pictures (JPEG, PNG, WebP, GIF, BMP, TIFF)")
 
@@ -575,6 +590,9 @@ def fingerprint(source, *asked):
 def write_cache(folder, items):
     """Writes the items of `decoded` as they come; the folder appears under its name only when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for old in folder.parent.glob("unfinished-*"):
+        if time.time() - old.stat().st_mtime > 24 * 3600:  # of a process that was killed
+            shutil.rmtree(old, ignore_errors=True)
     unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
     try:
         class_of = []
@@ -706,8 +724,8 @@ def sample_z(n, z_dim, trunc=None, generator=None, device=None):
 
 
 def sample_y(n, num_classes, generator):
-    """Classes drawn evenly, int64 [n]; None for an unconditional network."""
-    return torch.randint(num_classes, (n,), generator=generator) if num_classes else None
+    """Classes drawn evenly, int64 [n]; zeros for an unconditional network, which ignores them."""
+    return torch.randint(max(1, num_classes), (n,), generator=generator)
 
 
 def device_of(net):
@@ -730,16 +748,16 @@ def with_standing_statistics(G, trunc=None, n_batches=20, batch=64):
         norm.momentum = None  # the plain mean over batches
     generator = torch.Generator().manual_seed(0)
     for _ in range(n_batches):
-        y = sample_y(batch, G.num_classes, generator)
-        G(sample_z(batch, G.z_dim, trunc, generator, device_of(G)), None if y is None else y.to(device_of(G)))
+        z = sample_z(batch, G.z_dim, trunc, generator, device_of(G))
+        G(z, sample_y(batch, G.num_classes, generator).to(z.device))
     return G.eval()
 
 
 @torch.no_grad()
-def render(G, z, y=None, batch=64):
-    """uint8 images [n,C,H,W] on the CPU of z[n,z_dim] and y[n] or None, with G as it is."""
-    chunks = zip(z.split(batch), itertools.repeat(None) if y is None else y.to(z.device).split(batch))
-    return torch.cat([((G(zi, yi) + 1) * 127.5).round().to(torch.uint8).cpu() for zi, yi in chunks])
+def render(G, z, y, batch=64):
+    """uint8 images [n,C,H,W] on the CPU of z[n,z_dim] and y[n], with G as it is."""
+    parts = zip(z.split(batch), y.to(z.device).split(batch))
+    return torch.cat([((G(z_part, y_part) + 1) * 127.5).round().to(torch.uint8).cpu() for z_part, y_part in parts])
 
 
 def generate(G, n, trunc=None, classes=None, seed=0):
@@ -748,48 +766,42 @@ def generate(G, n, trunc=None, classes=None, seed=0):
     trunc: bound of |z_i|, None for no bound; the batch norms get statistics of their own for it. classes: indices to
     go through in turn; None draws them evenly. Raises UserError for a class or trunc out of range.
     """
-    classes = check_classes(G, classes)
     generator = torch.Generator().manual_seed(seed)
     z = sample_z(n, G.z_dim, trunc, generator, device_of(G))
-    y = sample_y(n, G.num_classes, generator) if classes is None else classes.repeat(-(-n // len(classes)))[:n]
-    return render(with_standing_statistics(G, trunc), z, y)
+    return render(with_standing_statistics(G, trunc), z, take_classes(G, n, classes, generator))
 
 
-def check_classes(G, classes):
-    """classes as an int64 tensor, or None. Raises UserError where G has no such class."""
+def take_classes(G, n, classes, generator=None):
+    """int64 [n]: the classes in turn, or drawn evenly if they are None. Raises UserError where G has no such class."""
     if classes is None:
-        return None
+        return sample_y(n, G.num_classes, generator)
     if not G.num_classes:
-        raise UserError("this generator is unconditional: it takes no classes; train one with --cond")
+        raise UserError("this generator is unconditional and takes no classes; train one with --cond")
     classes = torch.as_tensor(classes, dtype=torch.int64)
     if not len(classes) or classes.min() < 0 or classes.max() >= G.num_classes:
         raise UserError(f"classes must be from 0 to {G.num_classes - 1}, not {classes.tolist()}")
-    return classes
+    return classes.repeat(-(-n // len(classes)))[:n]
 
 
-def sample_grid(G, trunc=None, classes=None, columns=10, seed=0):
-    """A picture [3 or 1,H,W] of samples: a row for each class, the same z down each column; 8 rows of z without classes."""
-    G_standing = with_standing_statistics(G, trunc)
-    generator = torch.Generator().manual_seed(seed)
-    if G.num_classes:
-        classes = torch.arange(G.num_classes) if classes is None else check_classes(G, classes)
-        z = sample_z(columns, G.z_dim, trunc, generator, device_of(G)).repeat(len(classes), 1)
-        return tile(render(G_standing, z, classes.repeat_interleave(columns)), columns)
-    return tile(render(G_standing, sample_z(8 * columns, G.z_dim, trunc, generator, device_of(G))), columns)
+def sample_grid(G, trunc=None, columns=10, seed=0):
+    """A picture [3,H,W] of samples: a row for each class, the same z down each column; 8 rows of z without classes."""
+    rows = G.num_classes or 8
+    distinct = columns if G.num_classes else rows * columns
+    z = sample_z(distinct, G.z_dim, trunc, torch.Generator().manual_seed(seed), device_of(G))
+    y = torch.arange(rows).repeat_interleave(columns)
+    return tile(render(with_standing_statistics(G, trunc), z.repeat(rows * columns // distinct, 1), y), columns)
 
 
 def interpolate(G, trunc=None, classes=None, rows=8, columns=10, seed=0):
-    """A picture whose rows walk from one random z to another; with classes, each row holds one of them in turn."""
-    classes = check_classes(G, classes)
+    """A picture [3,H,W] whose rows walk from one random z to another; each row holds a class, of `classes` in turn."""
     generator = torch.Generator().manual_seed(seed)
     a, b = sample_z(2 * rows, G.z_dim, trunc, generator, device_of(G)).chunk(2)  # [rows,z_dim] each
-    y = sample_y(rows, G.num_classes, generator) if classes is None else classes.repeat(rows)[:rows]
+    y = take_classes(G, rows, classes, generator)
     t = torch.linspace(0, 1, columns, device=a.device)[:, None]
     # On the arc between a and b, since points on the chord are shorter than any z that G has seen.
     angle = torch.arccos(F.cosine_similarity(a, b).clamp(-1, 1))[:, None, None]
     z = (torch.sin((1 - t) * angle) * a[:, None] + torch.sin(t * angle) * b[:, None]) / torch.sin(angle)
-    y = None if y is None else y.repeat_interleave(columns)
-    return tile(render(with_standing_statistics(G, trunc), z.flatten(0, 1), y), columns)
+    return tile(render(with_standing_statistics(G, trunc), z.flatten(0, 1), y.repeat_interleave(columns)), columns)
 
 
 def tile(images, columns):
@@ -802,7 +814,7 @@ def tile(images, columns):
 
 @dataclass
 class State:
-    """All that a run is. `new_state` makes one, `train_step` moves it on, `save_checkpoint` keeps it."""
+    """All that it takes to go on with a run. `new_state` makes one, `train_step` moves it on, `save_checkpoint` keeps it."""
 
     config: Config  # resolved
     classes: list[str]  # class names; empty for an unconditional run
@@ -811,7 +823,8 @@ class State:
     G_ema: Generator
     opt_G: torch.optim.Optimizer
     opt_D: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    amp_dtype: torch.dtype | None  # of autocast; None for float32
+    scaler: torch.amp.GradScaler  # does nothing unless amp_dtype is float16
     step: int = 0
 
 
@@ -819,6 +832,7 @@ def new_state(config, classes, device):
     """The State before the first step, on the device. Seeds torch with config.seed; config must be resolved."""
     torch.manual_seed(config.seed)
     num_classes = len(classes) if config.cond else 0
+    amp_dtype = pick_amp_dtype(config.amp, device)
     G = new_generator(config, num_classes).to(device)
     D = Discriminator(config.size, config.channels, config.width, config.max_width, num_classes)
     D = D.to(device, memory_format=torch.channels_last)
@@ -831,7 +845,8 @@ def new_state(config, classes, device):
         G_ema=copy.deepcopy(G).eval().requires_grad_(False),
         opt_G=adam(G.parameters(), lr=config.lr_G),
         opt_D=adam(D.parameters(), lr=config.lr_D),
-        scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype(config.amp, device) == torch.float16),
+        amp_dtype=amp_dtype,
+        scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
     )
 
 
@@ -854,7 +869,7 @@ def ema_beta(config, step):
     return 0.5 ** (config.batch / half_life)
 
 
-MODULES = ("G", "D", "G_ema", "opt_G", "opt_D", "scaler")  # what of a State has a state_dict
+MODULES = ("G", "D", "G_ema", "opt_G", "opt_D", "scaler")  # the fields of State that have a state_dict
 
 
 def save_checkpoint(path, state):
@@ -864,26 +879,36 @@ def save_checkpoint(path, state):
     content["rng"] = torch.get_rng_state()
     device = device_of(state.G)
     content["rng_cuda"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    buffer = io.BytesIO()  # torch.save into a file reports a full disk as a RuntimeError without a reason
+    torch.save(content, buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def write_whole(path, data):
+    """Writes a file that is there under its name only when it is complete and on the disk."""
     unfinished = path.with_suffix(".unfinished")
     with open(unfinished, "wb") as file:
-        torch.save(content, file)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
 
 
-def read_checkpoint(path, device="cpu"):
-    """The content of a checkpoint file. Raises UserError if it is none."""
+def read_checkpoint(path):
+    """The content of a checkpoint file, on the CPU. Raises UserError if it is none."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         content["config"] = Config(**content["config"])
-        return content
+        missing = {*MODULES, "classes", "step", "rng", "rng_cuda"} - content.keys()
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}")
     except OSError:
         raise
     except Exception as error:  # torch's unpickler fails in many ways on bytes of another kind
         raise UserError(f"{path} is damaged or no checkpoint of gan.py ({type(error).__name__})")
+    if missing:
+        raise UserError(f"{path} is damaged or no checkpoint of gan.py: it lacks {', '.join(sorted(missing))}")
+    return content
 
 
 def load_into(module, state_dict):
@@ -898,11 +923,12 @@ def restore(content, config, device):
     """The State of a checkpoint's content, and torch's random state with it; config may ask for more steps, say."""
     state = new_state(config, content["classes"], device)
     for name in MODULES:
-        load_into(getattr(state, name), content[name])
+        if content[name]:  # a scaler that did nothing has no state
+            load_into(getattr(state, name), content[name])
     state.step = content["step"]
-    torch.set_rng_state(content["rng"].cpu())
+    torch.set_rng_state(content["rng"])
     if content["rng_cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(content["rng_cuda"].cpu(), device)
+        torch.cuda.set_rng_state(content["rng_cuda"], device)
     return state
 
 
@@ -925,22 +951,32 @@ def load_generator(run_or_checkpoint, device="cpu"):
 def create_run(config):
     """A new folder for the run: --name, which must not exist, or the next free number and what the run is."""
     runs = Path(config.runs)
-    runs.mkdir(parents=True, exist_ok=True)
-    numbers = [int(run.name[:4]) for run in runs.iterdir() if re.match(r"\d{4}-", run.name)]
-    data = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.data).name)
-    name = config.name or f"{max(numbers, default=-1) + 1:04d}-{config.loss}{'-cond' * config.cond}-{data}-{config.size}"
     try:
-        (runs / name).mkdir()
+        runs.mkdir(parents=True, exist_ok=True)
+        numbers = [int(run.name[:4]) for run in runs.iterdir() if re.match(r"\d{4}-", run.name)]
+        data = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.data).name)
+        number = f"{max(numbers, default=-1) + 1:04d}"
+        run = runs / (config.name or f"{number}-{config.loss}{'-cond' * config.cond}-{data}-{config.size}")
+        run.mkdir()
     except FileExistsError:
-        raise UserError(f"{runs / name} exists: choose another --name, or go on with it by --resume {runs / name}")
-    (runs / name / "samples").mkdir()
-    return runs / name
+        raise UserError(f"{run if runs.is_dir() else runs} exists: choose another --name or --runs, or go on by --resume")
+    except OSError as error:
+        raise UserError(f"no run can be made in {runs}: {error.strerror}; choose another --runs")
+    return run
 
 
 def open_log(path, step):
     """The log, open at its end; what a killed run logged after its last checkpoint is cut off."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+    def logged_step(line):
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):  # half a line
+            return math.inf
+
+    if path.exists():
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        write_whole(path, "".join(line for line in lines if logged_step(line) <= step).encode())
     return open(path, "a")
 
 
@@ -958,12 +994,16 @@ def write_picture(path, picture):
     to_pil_image(picture).save(path)
 
 
-def show(line, last=False):
-    """Prints a line of progress: over the one before on a terminal, below it elsewhere."""
-    if sys.stdout.isatty():
-        print(f"\r\x1b[K{line}", end="\n" if last else "", flush=True)
-    else:
-        print(line, flush=True)
+def say(line):
+    """Prints a line; on a terminal in the place of the line of progress."""
+    print(f"\r\x1b[K{line}" if sys.stdout.isatty() else line, flush=True)
+
+
+def show(line):
+    """Prints a line of progress, which the next line replaces on a terminal."""
+    if not sys.stdout.isatty():
+        return print(line, flush=True)
+    print(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
 
 def status_line(record, steps, rate):
@@ -999,29 +1039,28 @@ def pick_device(name):
     """torch.device of a name; auto is cuda if there is one. Raises UserError for one that is not here."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
         return device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
         raise UserError(f"no device {name!r} here: {str(error).splitlines()[0]}")
 
 
-def amp_dtype(amp, device):
+def pick_amp_dtype(amp, device):
     """The dtype of autocast, or None for float32. Raises UserError where the device cannot do what amp asks for."""
     if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     if amp == "fp16" and device.type != "cuda":
         raise UserError("--amp fp16 needs a CUDA device; bf16 works on the CPU too")
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
 def autocast(state):
-    device = device_of(state.G)
-    dtype = amp_dtype(state.config.amp, device)
-    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+    enabled = state.amp_dtype is not None
+    return torch.autocast(device_of(state.G).type, state.amp_dtype if enabled else torch.bfloat16, enabled)
 
 
 def update_discriminator(state, real, y):
-    """One step of D on real[B,C,H,W] in [-1,1] with classes y[B] or None, and on as many fakes of the same classes.
+    """One step of D on real[B,C,H,W] in [-1,1] with classes y[B], and on as many fakes of the same classes.
 
     Returns float32 [3] on the device: loss, and the shares of real and of fake that D judged rightly.
     """
@@ -1033,7 +1072,7 @@ def update_discriminator(state, real, y):
         fake = state.G(sample_z(len(real), c.z_dim, device=real.device), y)
     both = diff_augment(torch.cat([real, fake]), c.augment)
     with autocast(state):  # one pass over both: fewer, larger products
-        real_logits, fake_logits = state.D(both, None if y is None else y.repeat(2)).chunk(2)
+        real_logits, fake_logits = state.D(both, y.repeat(2)).chunk(2)
     loss_D = d_loss(real_logits, fake_logits)
     state.opt_D.zero_grad()
     state.scaler.scale(loss_D).backward()
@@ -1045,7 +1084,7 @@ def update_discriminator(state, real, y):
 
 
 def update_generator(state, y):
-    """One step of G on a batch of samples of the classes y[B] or None. Returns the loss, a scalar on the device."""
+    """One step of G on a batch of samples of the classes y[B]. Returns the loss, a scalar on the device."""
     c, device = state.config, device_of(state.G)
     state.D.requires_grad_(False)  # the gradient passes through D, but D needs none of its own
     with autocast(state):
@@ -1070,7 +1109,6 @@ def train_step(state, data):
     """
     for _ in range(state.config.d_steps):
         real, y = next(data)
-        y = y if state.config.cond else None
         loss_D, right_real, right_fake = update_discriminator(state, real, y)
     for _ in range(state.config.g_steps):
         loss_G = update_generator(state, y)
@@ -1088,23 +1126,24 @@ def train(config, resume=None):
     """
     config = resolve(config)
     device = pick_device(config.device)
-    content = read_checkpoint(resume / "checkpoint.pt", device) if resume else None
+    content = read_checkpoint(Path(resume) / "checkpoint.pt") if resume else None
     images, labels, classes = training_images(config, content)
     if config.augment == "auto":
         config = replace(config, augment=auto_policy(len(images)))
-    steps_per_epoch = len(images) // config.batch // config.d_steps or 1
+    steps_per_epoch = len(images) // config.batch / config.d_steps
     steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
     sample_every = max(1, round(config.sample_every * steps_per_epoch))
     if content and content["step"] >= steps:
-        raise UserError(f"{resume} has its {content['step']} steps behind it; --steps or --epochs can ask for more")
+        raise UserError(f"{resume} has trained its {content['step']} steps; --steps or --epochs can ask for more")
 
     state = restore(content, config, device) if content else new_state(config, classes, device)
     if config.tensorboard:
         tensorboard_writer(None)
-    run = resume or create_run(config)
+    run = Path(resume) if resume else create_run(config)
     (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     writer = tensorboard_writer(run) if config.tensorboard else None
-    print(f"{run}: {len(images)} images, {len(classes)} classes, {steps} steps on {device}, augment {config.augment}, G "
+    del content  # as large as the state
+    say(f"{run}: {len(images)} images, {len(classes)} classes, {steps} steps on {device}, augment {config.augment}, G "
           f"{count_parameters(state.G) / 1e6:.2f} M and D {count_parameters(state.D) / 1e6:.2f} M parameters")
 
     data = batches(place(images, device), labels, config, device, start=state.step * config.d_steps)
@@ -1128,7 +1167,10 @@ def train(config, resume=None):
             record |= zip(("loss_D", "loss_G", "right_real", "right_fake"), history.mean(dim=0).tolist())
             log.write(json.dumps(record) + "\n")
             log.flush()
-            show(status_line(record, steps, rate), last=done)
+            show(status_line(record, steps, rate))
+            if save:  # before the picture, which takes a while
+                save_checkpoint(run / "checkpoint.pt", state)
+                saved = time.monotonic()
             if sample:
                 picture = sample_grid(state.G_ema)
                 write_picture(run / "samples" / f"{state.step:07d}.png", picture)
@@ -1138,13 +1180,10 @@ def train(config, resume=None):
                 if sample:
                     writer.add_image("samples", picture, state.step)
                 writer.flush()
-            if save:
-                save_checkpoint(run / "checkpoint.pt", state)
-                saved = time.monotonic()
     if state.step < steps:
-        print(f"stopped and saved at step {state.step}; go on with: python gan.py train --resume {run}")
+        say(f"stopped and saved at step {state.step}; go on with: python gan.py train --resume {run}")
     else:
-        print(f"done: see {run / 'samples'}; score it with: python gan.py eval --run {run}")
+        say(f"{state.step} steps done: see {run / 'samples'}; score it with: python gan.py eval --run {run}")
     return run
 
 
@@ -1175,12 +1214,13 @@ def check_finite(state, stats, run):
 # Evaluation
 
 
-def evaluate(run_or_checkpoint, truncs=(None,), n=None, extractor="inception", device="auto", seed=0):
+def evaluate(run_or_checkpoint, truncs=(None,), n=None, extractor="inception", device="auto", seed=0, data=None, data_dir=None):
     """Scores the averaged generator against its training images at each trunc; returns what it writes to eval.json.
 
     n: samples, by default as many as there are training images; of a conditional generator, with their classes.
-    extractor: see metrics.load_extractor. Beside the checkpoint come eval.json and a grid eval-trunc-T.png for each
-    trunc. Without Inception's weights FID and IS are None and "note" says what would help. Raises UserError.
+    extractor: see metrics.load_extractor. data, data_dir: where the images lie now, if not where they lay at training.
+    Beside the checkpoint come eval.json and a grid eval-trunc-T.png for each trunc. Without Inception's weights FID and
+    IS are None and "note" says what would help. Raises UserError.
     """
     try:
         import metrics
@@ -1191,6 +1231,7 @@ def evaluate(run_or_checkpoint, truncs=(None,), n=None, extractor="inception", d
     path = Path(run_or_checkpoint)
     path = path / "checkpoint.pt" if path.is_dir() else path
     G, config = load_generator(path, device)
+    config = resolve(replace(config, data=data or config.data, data_dir=data_dir or config.data_dir))
     images, labels, _ = load_images(config.data, config.size, config.channels, config.data_dir)
     n = n or len(images)
     # Shuffled, since each split of the Inception Score needs all classes.
@@ -1199,18 +1240,18 @@ def evaluate(run_or_checkpoint, truncs=(None,), n=None, extractor="inception", d
     try:
         network = metrics.load_extractor(extractor, device)
         result["network"] = network.name
+        real = metrics.extract_cached(network, images, cache_folder())
+        for trunc in truncs:
+            fake = metrics.extract(network, generate(G, n, trunc, classes, seed))
+            result["scores"].append({"trunc": trunc, "n": n, **metrics.score(network, real, fake)})
     except metrics.WeightsMissing as error:
-        network, result["note"] = None, str(error)
+        result["note"] = str(error)
+        result["scores"] = [{"trunc": trunc, "n": n, "FID": None, "IS": None, "IS std": None} for trunc in truncs]
     except metrics.UserError as error:
         raise UserError(str(error))
-    real = metrics.extract_cached(network, images, cache_folder()) if network else None
     for trunc in truncs:
-        scores = {"FID": None, "IS": None, "IS std": None}
-        if network:
-            scores = metrics.score(network, real, metrics.extract(network, generate(G, n, trunc, classes, seed)))
-        result["scores"].append({"trunc": trunc, "n": n, **scores})
         write_picture(path.parent / f"eval-trunc-{trunc_name(trunc)}.png", sample_grid(G, trunc, seed=seed))
-    (path.parent / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(path.parent / "eval.json", (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 
@@ -1222,7 +1263,7 @@ def trunc_name(trunc):
 # Commands
 
 
-RESUMABLE = ("epochs", "steps", "device", "amp", "data_dir", "log_every", "sample_every", "save_minutes", "tensorboard")
+RESUMABLE = ("epochs", "steps", "data", "data_dir", "device", "amp", "log_every", "sample_every", "save_minutes", "tensorboard")
 
 
 def train_command(args):
@@ -1230,11 +1271,14 @@ def train_command(args):
     if not args.resume:
         return train(Config(**given))
     run = find_run(args.resume, given.pop("runs", "runs"))
-    run = run.parent if run.is_file() else run
+    if run.is_file():
+        raise UserError(f"--resume takes a run's folder, such as {run.parent}, not a file")
     config = read_checkpoint(run / "checkpoint.pt")["config"]
-    fixed = [name for name in given if name not in RESUMABLE and given[name] != getattr(config, name)]
-    if fixed:
-        raise UserError(f"--{fixed[0].replace('_', '-')} cannot change in a run that is resumed; these can: {', '.join(RESUMABLE)}")
+    if given.get("augment") == "auto":
+        del given["augment"]  # the run holds what auto came to
+    for name in given:
+        if name not in RESUMABLE and given[name] != getattr(config, name):
+            raise UserError(f"--{name.replace('_', '-')} cannot change in a run that is resumed; these can: {', '.join(RESUMABLE)}")
     if "epochs" in given:
         given.setdefault("steps", None)
     return train(replace(config, **given), resume=run)
@@ -1242,8 +1286,8 @@ def train_command(args):
 
 def eval_command(args):
     run = find_run(args.run, args.runs)
-    result = evaluate(run, args.trunc, args.n, args.extractor, args.device, args.seed)
-    print(f"{run}: {result['network'] or 'no network'}, against the {result['n_real']} images of {result['data']}")
+    result = evaluate(run, args.trunc, args.n, args.extractor, args.device, args.seed, args.data, args.data_dir)
+    say(f"{run}: {result['network'] or 'no network'}, against the {result['n_real']} images of {result['data']}")
     print_table([{**row, "trunc": trunc_name(row["trunc"])} for row in result["scores"]])
     if "note" in result:
         print(result["note"], file=sys.stderr)
@@ -1258,29 +1302,28 @@ def print_table(rows):
 
 def sample_command(args):
     G, _ = load_generator(find_run(args.run, args.runs), pick_device(args.device))
-    out = Path(args.out)
-    if out.suffix not in (".png", ".npz", "") or (args.interpolate and out.suffix != ".png"):
+    out, kind = Path(args.out), Path(args.out).suffix
+    if kind not in (".png", ".npz", "") or (args.interpolate and kind != ".png"):
         raise UserError(f"--out {out}: give a .png, or for single samples a .npz or a folder")
+    if kind == "" and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is not empty: samples of two calls would mix; name a new folder")
     if args.interpolate:
         write_picture(out, interpolate(G, args.trunc, args.classes, seed=args.seed))
         return print(f"wrote {out}")
-    classes = range(G.num_classes) if args.classes is None and G.num_classes else args.classes
-    n = args.n or (80 if classes is None else 10 * len(classes))
-    y = None if classes is None else check_classes(G, list(classes)).repeat_interleave(-(-n // len(classes)))[:n]
+    classes = args.classes or list(range(G.num_classes)) or None
+    n = args.n or (10 * len(classes) if classes else 80)
+    y = take_classes(G, n, [c for c in classes for _ in range(-(-n // len(classes)))]) if classes else None  # in rows
     write_samples(out, generate(G, n, args.trunc, y, args.seed), y)
     print(f"wrote {n} samples to {out}")
 
 
 def write_samples(out, images, y):
-    """images [n,C,H,W] as a grid .png, as .npz (images [n,H,W,C], labels [n] if there are classes) or into a new folder."""
+    """images [n,C,H,W] as a grid .png, as .npz (images [n,H,W,C], and labels y [n] unless None) or numbered in a folder."""
     if out.suffix == ".png":
         return write_picture(out, tile(images, 10))
     if out.suffix == ".npz":
         out.parent.mkdir(parents=True, exist_ok=True)
-        labels = {} if y is None else {"labels": y.numpy()}
-        return np.savez(out, images=images.permute(0, 2, 3, 1).numpy(), **labels)
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {out} is not empty: samples of two calls would mix; name a new folder")
+        return np.savez(out, images=images.permute(0, 2, 3, 1).numpy(), **({} if y is None else {"labels": y.numpy()}))
     for i, image in enumerate(images):
         write_picture(out / f"{i:05d}.png", image)
 
@@ -1293,8 +1336,9 @@ def find_run(name, runs):
         if not checkpoints:
             raise UserError(f"no run in {runs}: train one first, or say where it is with --run or --runs")
         return checkpoints[-1].parent
-    if Path(name).exists():
-        return Path(name)
+    for path in (Path(name), Path(runs) / name):
+        if path.exists():
+            return path
     found = [run for run in Path(runs).glob("*") if run.name.startswith(name)]
     if len(found) != 1:
         raise UserError(f"{'no run' if not found else 'more than one run'} {name} in {runs}")
@@ -1306,10 +1350,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"gan.py: error: {message} (--help lists the flags)\n")
 
 
-def at_least(least):
+def between(least, most=2**32 - 1):
     def whole_number(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        if not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
         return int(text)
 
     return whole_number
@@ -1348,14 +1392,16 @@ def make_parser():
     p = commands.add_parser("eval", help="score a run", allow_abbrev=False)
     p.set_defaults(command=eval_command)
     p.add_argument("--trunc", type=truncation, nargs="+", default=[None], help="one or several bounds of |z|; none for no bound (none)")
-    p.add_argument("--n", type=at_least(2), help="samples (as many as training images)")
+    p.add_argument("--n", type=between(2), help="samples (as many as training images)")
+    p.add_argument("--data", help="where the training images lie now (where they lay at training)")
+    p.add_argument("--data-dir", help="where the named data sets lie now (where they lay at training)")
     p.add_argument("--extractor", default="inception", help="inception, a weights file or a .pt2 program (inception)")
     add_common(p)
 
     p = commands.add_parser("sample", help="write samples of a run", allow_abbrev=False)
     p.set_defaults(command=sample_command)
     p.add_argument("--trunc", type=truncation, help="bound of |z| (none)")
-    p.add_argument("--n", type=at_least(1), help="samples (10 of a class, or 80)")
+    p.add_argument("--n", type=between(1), help="samples (10 of a class, or 80)")
     p.add_argument("--classes", type=class_list, help="class indices, as in 3,5 (all)")
     p.add_argument("--interpolate", action="store_true", help="rows that walk between random pairs of z")
     p.add_argument("--out", default="samples.png", help=".png for a grid, .npz, or a folder for numbered .png (samples.png)")
@@ -1367,7 +1413,7 @@ def add_common(p):
     p.add_argument("--run", help="run, by name or path, or checkpoint file (the newest run)")
     p.add_argument("--runs", default="runs", help="folder that holds the runs (runs)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
-    p.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (0)")
+    p.add_argument("--seed", type=between(0), default=0, help="seed of the noise (0)")
 
 
 def main(argv=None):
@@ -1375,16 +1421,20 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     try:
         args.command(args)
+        return 0
     except (UserError, OSError) as error:
-        print(f"gan.py: error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("gan.py: error: out of memory; try a smaller --batch, --width or --size", file=sys.stderr)
-        return 2
+        message = str(error)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        message = "out of memory; try a smaller --batch, --width, --size or --n"
     except KeyboardInterrupt:
-        print("gan.py: interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
-    return 0
+    if sys.stdout.isatty():
+        print()  # below the line of progress
+    print(f"gan.py: error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.export.passes import move_to_device_pass
 from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 from torchvision.models import Inception_V3_Weights, inception_v3
 from torchvision.transforms.functional import pil_to_tensor
@@ -50,7 +51,15 @@ class Extractor:
     def __call__(self, images):
         images = images.to(self.device)
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-        features, logits = self.network(images.expand(-1, 3, -1, -1))
+        try:
+            features, logits = self.network(images.expand(-1, 3, -1, -1))
+            if features.ndim != 2 or logits.ndim != 2 or not len(features) == len(logits) == len(images):
+                raise ValueError(f"it gives {list(features.shape)} and {list(logits.shape)}")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a program fails in its own ways on what it was not made for
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{self.name} does not map {list(images.shape)} to (features [N,d], logits [N,k]): {reason}")
         return features.float(), logits.float()
 
     def label(self, score):
@@ -85,11 +94,11 @@ def load_extractor(spec, device="cpu"):
         weights = Inception_V3_Weights.IMAGENET1K_V1
         file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
         try:
-            state_dict = weights.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise WeightsMissing(f"no Inception weights ({error}): put {file.name} into {file.parent}, or name a "
-                                 "weights file or a .pt2 program with --extractor")
-        return Extractor(Inception(state_dict).to(device).eval(), "Inception v3", str(weights), device, fid=True)
+            network = Inception(weights.get_state_dict(progress=False, check_hash=True))
+        except Exception as error:  # no network, a file cut off or of another kind, a full disk
+            raise WeightsMissing(f"no Inception weights ({str(error) or type(error).__name__}): put {file.name} into "
+                                 f"{file.parent}, or name a weights file or a .pt2 program with --extractor")
+        return Extractor(network.to(device).eval(), "Inception v3", str(weights), device, fid=True)
     path = Path(spec)
     if not path.is_file():
         raise UserError(f"no extractor {spec}: give inception, a weights file or a .pt2 program")
@@ -98,12 +107,14 @@ def load_extractor(spec, device="cpu"):
         if path.suffix == ".pt2":
             if not zipfile.is_zipfile(path):  # torch.export would log a traceback
                 raise ValueError("it is not whole")
-            return Extractor(torch.export.load(path).module().to(device), path.stem, key, device, fid=False)
+            program = move_to_device_pass(torch.export.load(path), str(device))
+            return Extractor(program.module(), path.stem, key, device, fid=False)
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
         return Extractor(Inception(state_dict).to(device).eval(), f"Inception v3, {path.name}", key, device, fid=True)
     except Exception as error:  # torch raises of every kind for files of another kind
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(f"{spec} is neither a .pt2 program nor weights of torchvision's Inception v3: {reason}")
+        raise UserError(f"{spec} is neither a .pt2 program that torch {torch.__version__} can read nor weights of "
+                        f"torchvision's Inception v3: {reason}")
 
 
 def extract(extractor, images, batch=64):
@@ -120,7 +131,7 @@ def extract_cached(extractor, images, folder, batch=64):
     try:
         with np.load(file) as cached:
             return torch.from_numpy(cached["features"]), torch.from_numpy(cached["logits"])
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):  # not there, or not whole
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):  # not there, or not whole
         features, logits = extract(extractor, images, batch)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +200,7 @@ class FeatureStats:
         try:
             with np.load(npz) as file:
                 n, mean, cov = int(file["n"]), torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"{npz} holds no feature statistics: {error}")
         stats = cls(len(mean))
         stats.n, stats.mean, stats.scatter = n, mean.double(), cov.double() * (n - 1)
@@ -336,7 +347,7 @@ def main(argv=None):
         print(f"{extractor.name}: {len(fake[0])} images of {args.fake} against {len(real[0])} of {args.real}")
         for name, value in score(extractor, real, fake).items():
             print(f"{name:24} {value:.4f}")
-    except (UserError, OSError, RuntimeError) as error:
+    except (UserError, OSError) as error:
         print(f"metrics.py: error: {error}", file=sys.stderr)
         return 2
     return 0
