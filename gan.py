@@ -116,6 +116,7 @@ class Config:
             (not self.label_smoothing or self.loss in SMOOTHABLE, f"--label-smoothing goes with {', '.join(SMOOTHABLE)}"),
             (0 <= self.seed < 2**32, "--seed must be from 0 to 4294967295"),
             (self.data != "", "--data must not be empty"),
+            (self.name is None or Path(self.name).name == self.name, "--name must be a plain folder name"),
         ]
         for f in fields(self):
             allowed = f.metadata["choices"]
@@ -547,9 +548,8 @@ def open_flowers17(root):
         download_url(FLOWERS17_URL, str(root), "17flowers.tgz", FLOWERS17_MD5)
         with tempfile.TemporaryDirectory(dir=root) as unpacked:
             extract_archive(str(root / "17flowers.tgz"), unpacked)
-            os.replace(unpacked, folder)
-            os.mkdir(unpacked)  # for TemporaryDirectory to remove
-    return open_folder(folder / "jpg", lambda name: str((int(name.stem[-4:]) - 1) // 80))
+            os.replace(Path(unpacked) / "jpg", folder)
+    return open_folder(folder, lambda name: str((int(name.stem[-4:]) - 1) // 80))
 
 
 def decoded(source, size, channels):
@@ -1145,7 +1145,7 @@ def train(config, resume=None):
     if config.tensorboard:
         tensorboard_writer(None)
     run = Path(resume) if resume else create_run(config)
-    (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    write_whole(run / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
     writer = tensorboard_writer(run) if config.tensorboard else None
     del content  # as large as the state
     say(f"{run}: {len(images)} images, {len(classes)} classes, {steps} steps on {device}, augment {config.augment}, G "
@@ -1245,8 +1245,10 @@ def evaluate(run_or_checkpoint, truncs=(None,), n=None, extractor="inception", d
     try:
         network = metrics.load_extractor(extractor, device)
         result["network"] = network.name
+        show(f"{network.name} looks at the {len(images)} training images")
         real = metrics.extract_cached(network, images, cache_folder())
         for trunc in truncs:
+            show(f"{network.name} looks at {n} samples at trunc {trunc_name(trunc)}")
             fake = metrics.extract(network, generate(G, n, trunc, classes, seed))
             result["scores"].append({"trunc": trunc, "n": n, **metrics.score(network, real, fake)})
     except metrics.WeightsMissing as error:

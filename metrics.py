@@ -41,7 +41,7 @@ class Extractor:
     """A network that looks at images: extractor(images) -> (features [N,d], logits [N,k]), float32 on its device.
 
     images: [N,1 or 3,H,W], uint8 or float in [0,1]; gray is repeated. name says which network it is, key which weights
-    (for caches); fid is True for Inception v3 alone.
+    (for caches); fid is True for Inception v3 with torchvision's weights alone.
     """
 
     def __init__(self, network, name, key, device, fid):
@@ -87,11 +87,12 @@ def load_extractor(spec, device="cpu"):
 
     "inception": Inception v3 with torchvision's ImageNet weights, found where torchvision keeps them or downloaded.
     A path to a .pt2 file: a torch.export program, images [N,3,H,W] in [0,1] -> (features, logits). Another path: a
-    state_dict of torchvision's Inception v3. Raises WeightsMissing if "inception" cannot be had, UserError for a file
-    that does not fit.
+    state_dict of torchvision's Inception v3, which makes FID only if its checksum is that of torchvision's weights.
+    Raises WeightsMissing if "inception" cannot be had, UserError for a file that does not fit.
     """
+    weights = Inception_V3_Weights.IMAGENET1K_V1
+    checksum = weights.url.removesuffix(".pth").rsplit("-", 1)[1]  # the first digits of its SHA-256
     if spec == "inception":
-        weights = Inception_V3_Weights.IMAGENET1K_V1
         file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
         try:
             network = Inception(weights.get_state_dict(progress=False, check_hash=True))
@@ -110,7 +111,8 @@ def load_extractor(spec, device="cpu"):
             program = move_to_device_pass(torch.export.load(path), str(device))
             return Extractor(program.module(), path.stem, key, device, fid=False)
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-        return Extractor(Inception(state_dict).to(device).eval(), f"Inception v3, {path.name}", key, device, fid=True)
+        known = key.startswith(checksum)
+        return Extractor(Inception(state_dict).to(device).eval(), "Inception v3" if known else path.stem, key, device, known)
     except Exception as error:  # torch raises of every kind for files of another kind
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f"{spec} is neither a .pt2 program that torch {torch.__version__} can read nor weights of "
