@@ -311,7 +311,7 @@ def score(extractor, real, fake):
     scores = {
         extractor.label("FID"): frechet_distance(real[0], fake[0]),
         extractor.label("IS"): mean,
-        extractor.label("IS") + " std": std,
+        "IS std": std,
         extractor.label("KID"): kernel_distance(real[0], fake[0]),
     }
     return scores | precision_recall(real[0], fake[0], min(5, len(real[0]) - 1, len(fake[0]) - 1))
