@@ -45,7 +45,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from torchvision.utils import make_grid
 
 DATASETS = ("synthetic", "flowers17", "mnist", "fashion", "usps", "cifar10", "celeba", "flowers102")
-GRAY = ("mnist", "fashion", "usps")  # one channel, and not to be mirrored: digits would change, and shoes all point left
+GRAY = ("mnist", "fashion", "usps")  # one channel, and not to be mirrored: digits would change
 
 
 class UserError(ValueError):
@@ -68,7 +68,7 @@ class Config:
     cond: bool = option(False, "condition on the class; needs data with classes")
     data: str = option("synthetic", f"a folder of images or of class folders, or one of {', '.join(DATASETS)}")
     data_dir: str = option("data", "where the named data sets lie or are downloaded to")
-    size: int | None = option(None, "image height and width in pixels, a power of two from 16 to 256 (64; synthetic 32)")
+    size: int | None = option(None, "height and width in pixels, a power of two from 16 to 256 (64; synthetic 32)")
     channels: int | None = option(None, "1 for gray, 3 for colour (1 for mnist, fashion and usps, else 3)")
     flip: bool | None = option(None, "mirror half of the images at random (on, but off for digits)")
     augment: str = option("auto", "auto, none, or a list out of color,translation,cutout")
@@ -92,7 +92,7 @@ class Config:
 
     seed: int = option(0, "seed of weights, noise and data order")
     device: str = option("auto", "auto (cuda if there is one), cpu, cuda, cuda:1, ...")
-    amp: str = option("auto", "mixed precision; auto: bf16 or else fp16 on cuda, off on cpu", ("auto", "bf16", "fp16", "off"))
+    amp: str = option("auto", "autocast; auto: bf16 or else fp16 on cuda, off on cpu", ("auto", "bf16", "fp16", "off"))
     runs: str = option("runs", "folder that holds the runs")
     name: str | None = option(None, "name of the run's folder (the next free number and what it is)")
     log_every: int = option(20, "steps between two lines of log.jsonl")
@@ -113,7 +113,7 @@ class Config:
             (self.batch > 1, "--batch must be at least 2: batch norm compares samples"),
             (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "--beta1 and --beta2 must be in [0, 1)"),
             (0 <= self.label_smoothing < 1, "--label-smoothing must be in [0, 1)"),
-            (not self.label_smoothing or self.loss in SMOOTHABLE, f"--label-smoothing goes with {', '.join(SMOOTHABLE)}"),
+            (not self.label_smoothing or self.loss in SMOOTHABLE, f"--label-smoothing needs {', '.join(SMOOTHABLE)}"),
             (0 <= self.seed < 2**32, "--seed must be from 0 to 4294967295"),
             (self.data != "", "--data must not be empty"),
             (self.name is None or Path(self.name).name == self.name, "--name must be a plain folder name"),
@@ -188,30 +188,30 @@ class SpectralNorm(nn.Module):
             return weight / sigma
 
 
-def orthogonal_init(net, gain=1.0):
-    """Orthogonal weights times gain and zero biases for every convolution, linear layer and embedding, which it returns."""
+def orthogonal_init(net):
+    """Orthogonal weights and zero biases for every convolution, linear layer and embedding of net; returns these."""
     layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))]
     for layer in layers:
-        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.orthogonal_(layer.weight)
         if not isinstance(layer, nn.Embedding):
             nn.init.zeros_(layer.bias)
     return layers
 
 
 def conv_pool(conv, x):
-    """avg_pool2d(conv(x), 2) of a 3x3 conv as one 4x4 conv of stride 2: 4/9 of the multiply-adds. [N,C,H,W] -> [N,K,H/2,W/2]"""
+    """avg_pool2d(conv(x), 2) for a 3x3 conv, as one 4x4 conv of stride 2. [N,C,H,W] -> [N,K,H/2,W/2]"""
     # The mean of a 3x3 kernel and its copies moved by one pixel is that kernel, average-pooled with padding.
     return F.conv2d(x, F.avg_pool2d(conv.weight, 2, stride=1, padding=1), conv.bias, stride=2, padding=1)
 
 
 def upsample_conv(conv, x):
-    """conv(nearest upsampling of x) of a 3x3 conv as one 4x4 transposed conv of stride 2. [N,C,H,W] -> [N,K,2H,2W]"""
+    """conv(nearest upsampling of x) for a 3x3 conv, as one 4x4 transposed conv of stride 2. [N,C,H,W] -> [N,K,2H,2W]"""
     weight = conv.weight.transpose(0, 1).flip(2, 3)
     return F.conv_transpose2d(x, 4 * F.avg_pool2d(weight, 2, stride=1, padding=1), conv.bias, stride=2, padding=1)
 
 
 class AdaptiveBatchNorm(nn.Module):
-    """Batch norm whose gain, 1 + linear(e), and bias, linear(e), come from an embedding. h[N,C,H,W], e[N,E] -> [N,C,H,W]"""
+    """Batch norm with gain 1 + linear(e) and bias linear(e) of an embedding. h[N,C,H,W], e[N,E] -> [N,C,H,W]"""
 
     def __init__(self, channels, embedding):
         super().__init__()
@@ -443,8 +443,8 @@ class Source(typing.NamedTuple):
 def load_images(data, size, channels, data_dir="data"):
     """All images of a folder or of a named data set, centre-cropped and resized; decoded once, then kept in a cache.
 
-    data: a folder, searched recursively (JPEG, PNG, WebP, GIF, BMP, TIFF); its sub-folders are the classes if every image
-    lies in one. Or a name out of DATASETS, which lie in data_dir or are downloaded there. Transparency turns white.
+    data: a folder, searched recursively (JPEG, PNG, WebP, GIF, BMP, TIFF); its sub-folders are the classes if every
+    image lies in one. Or a name in DATASETS, which lie in data_dir or are downloaded to it. Transparency turns white.
     Returns uint8 images [N,channels,size,size], where possible a memory map of the cache; int64 labels [N]; the class
     names, an empty list without classes. Raises UserError when there is no usable image.
     """
@@ -479,7 +479,8 @@ def open_folder(folder, class_of=None):
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data takes a folder of images or one of {', '.join(DATASETS)}")
     # glob passes over hidden files and folders, and follows links.
-    names = [Path(name) for name in sorted(glob.glob("**", root_dir=folder, recursive=True)) if (folder / name).is_file()]
+    found = sorted(glob.glob("**", root_dir=folder, recursive=True))
+    names = [Path(name) for name in found if (folder / name).is_file()]
     files = [folder / name for name in names]
     class_of = class_of or (lambda name: name.parts[0] if len(name.parts) > 1 else None)
     return Source([str(name) for name in names], lambda i: (decode(files[i]), class_of(names[i])), files)
@@ -487,7 +488,8 @@ def open_folder(folder, class_of=None):
 
 def decode(path):
     """The image of a file, upright, on white where it is transparent, as uint8 [1 or 3,H,W]. Raises if it is none."""
-    from PIL import Image, ImageOps  # torchvision's own image library; the decoders in torchvision.io are on their way out
+    # torchvision's own image library, since the decoders in torchvision.io are deprecated.
+    from PIL import Image, ImageOps
 
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
@@ -527,7 +529,8 @@ def open_dataset(name, root):
         if name == "flowers17":
             return open_flowers17(root)
         kind, parts, pattern = TORCHVISION[name]
-        dataset = ConcatDataset([getattr(torchvision.datasets, kind)(str(root), download=True, **part) for part in parts])
+        make = getattr(torchvision.datasets, kind)
+        dataset = ConcatDataset([make(str(root), download=True, **part) for part in parts])
     except ImportError as error:
         raise UserError(f"{name} needs a package: pip install {error.name}")
     except Exception as error:  # torchvision's readers raise errors of many kinds for files that are cut off
@@ -657,14 +660,14 @@ def draw_flowers(c, n, size):
     petals, hue = (5, 7, 4, 6, 10)[c % 5], (0.52 + 0.66 * (c * 0.618 % 1)) % 1
     vivid, bright = ((0.9, 1.0), (0.4, 1.0), (0.85, 0.7))[c // 2 % 3]
     petal_width, heart, pointed = (1.0, 0.75, 1.2)[c % 3] * 1.9 / petals, (0.2, 0.3, 0.15, 0.25)[c % 4], c % 2
-    ground_hue, ground_vivid, ground_bright = ((0.58, 0.4, 0.9), (0.3, 0.6, 0.4), (0.12, 0.25, 0.95), (0.7, 0.3, 0.2))[c % 4]
+    ground = ((0.58, 0.4, 0.9), (0.3, 0.6, 0.4), (0.12, 0.25, 0.95), (0.7, 0.3, 0.2))[c % 4]  # hue, saturation, value
 
     # What varies within it.
     cx, cy, radius, turn = vary(-0.15, 0.15), vary(-0.2, 0.05), vary(0.6, 0.85), vary(0, 2 * np.pi)
     bend, shade = vary(-0.2, 0.2), vary(0.8, 1.1)
     petal_colour = rgb(hue + vary(-0.025, 0.025), vivid, bright * shade)
-    canvas = rgb(ground_hue + vary(-0.03, 0.03), ground_vivid, ground_bright * vary(0.85, 1.05)) * (1 - 0.2 * y[..., None])
-    canvas = np.broadcast_to(canvas, (n, size, size, 3)).copy()
+    canvas = rgb(ground[0] + vary(-0.03, 0.03), ground[1], ground[2] * vary(0.85, 1.05)) * (1 - 0.2 * y[..., None])
+    canvas = np.repeat(canvas, size, axis=2)
 
     stem = np.minimum(0.06 - np.abs(x - cx - bend * (y - cy) ** 2), y - cy)
     paint(rgb(vary(0.3, 0.33), 0.7, vary(0.4, 0.5)), np.ones_like(stem), stem)
@@ -676,7 +679,10 @@ def draw_flowers(c, n, size):
         light = (0.6 + 0.4 * t) * (1 - 0.4 * np.clip(across / (half.clip(0) + 0.01), 0, 1) ** 2)
         paint(petal_colour, light, (half - across) * radius)
     from_heart = np.hypot(x - cx, y - cy) / radius
-    heart_colour = rgb(vary(0.12, 0.14), 0.85, vary(0.9, 1.0)) if c % 3 else rgb(vary(0.06, 0.08), 0.8, vary(0.35, 0.45))
+    if c % 3:
+        heart_colour = rgb(vary(0.12, 0.14), 0.85, vary(0.9, 1.0))
+    else:
+        heart_colour = rgb(vary(0.06, 0.08), 0.8, vary(0.35, 0.45))
     paint(heart_colour, 1 - 0.3 * from_heart / heart, (heart - from_heart) * radius)
     pixels = (np.clip(canvas, 0, 1) * 255).round().astype(np.uint8)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
@@ -819,7 +825,7 @@ def tile(images, columns):
 
 @dataclass
 class State:
-    """All that it takes to go on with a run. `new_state` makes one, `train_step` moves it on, `save_checkpoint` keeps it."""
+    """What it takes to go on with a run: `new_state` makes it, `train_step` moves it on, `save_checkpoint` keeps it."""
 
     config: Config  # resolved
     classes: list[str]  # class names; empty for an unconditional run
@@ -964,7 +970,7 @@ def create_run(config):
         run = runs / (config.name or f"{number}-{config.loss}{'-cond' * config.cond}-{data}-{config.size}")
         run.mkdir()
     except FileExistsError:
-        raise UserError(f"{run if runs.is_dir() else runs} exists: choose another --name or --runs, or go on by --resume")
+        raise UserError(f"{run if runs.is_dir() else runs} exists: choose another --name or --runs, or --resume it")
     except OSError as error:
         raise UserError(f"no run can be made in {runs}: {error.strerror}; choose another --runs")
     return run
@@ -985,13 +991,13 @@ def open_log(path, step):
     return open(path, "a")
 
 
-def tensorboard_writer(run):
-    """A SummaryWriter for the run, or with run None just the check that there is one to be had."""
+def summary_writer():
+    """TensorBoard's class. Raises UserError where the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs a package: pip install tensorboard")
-    return SummaryWriter(run) if run else None
+    return SummaryWriter
 
 
 def write_picture(path, picture):
@@ -1123,7 +1129,7 @@ def train_step(state, data):
 
 
 def train(config, resume=None):
-    """Trains a GAN and returns its run's folder, a Path, which holds config.json, checkpoint.pt, log.jsonl and samples/.
+    """Trains a GAN and returns its run's folder, a Path: config.json, checkpoint.pt, log.jsonl and samples/.
 
     resume: a run's folder, to go on from its checkpoint until config.epochs or config.steps; on a CPU the outcome is
     that of a run without the break, bit for bit. Ctrl-C and SIGTERM end the step, save and return. Raises UserError for
@@ -1142,11 +1148,10 @@ def train(config, resume=None):
         raise UserError(f"{resume} has trained its {content['step']} steps; --steps or --epochs can ask for more")
 
     state = restore(content, config, device) if content else new_state(config, classes, device)
-    if config.tensorboard:
-        tensorboard_writer(None)
+    new_writer = summary_writer() if config.tensorboard else None
     run = Path(resume) if resume else create_run(config)
     write_whole(run / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
-    writer = tensorboard_writer(run) if config.tensorboard else None
+    writer = new_writer(run) if new_writer else None
     del content  # as large as the state
     say(f"{run}: {len(images)} images, {len(classes)} classes, {steps} steps on {device}, augment {config.augment}, G "
           f"{count_parameters(state.G) / 1e6:.2f} M and D {count_parameters(state.D) / 1e6:.2f} M parameters")
@@ -1211,15 +1216,17 @@ def check_finite(state, stats, run):
     sums = torch.stack([p.detach().sum() for p in itertools.chain(state.G.parameters(), state.D.parameters())])
     if bad or not sums.isfinite().all():
         kept = f"{run / 'checkpoint.pt'} is as it was" if (run / "checkpoint.pt").exists() else "nothing was saved yet"
-        raise UserError(f"the {'losses' if bad else 'weights'} are not finite at step {bad[0] if bad else state.step}: try "
-                        f"lower --lr-G and --lr-D, or --amp off; {kept}")
+        what, step = ("losses", bad[0]) if bad else ("weights", state.step)
+        raise UserError(f"the {what} are not finite at step {step}: try lower --lr-G and --lr-D, or --amp off; {kept}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-def evaluate(run_or_checkpoint, truncs=(None,), n=None, extractor="inception", device="auto", seed=0, data=None, data_dir=None):
+def evaluate(
+    run_or_checkpoint, truncs=(None,), n=None, extractor="inception", device="auto", seed=0, data=None, data_dir=None
+):
     """Scores the averaged generator against its training images at each trunc; returns what it writes to eval.json.
 
     n: samples, by default as many as there are training images; of a conditional generator, with their classes.
@@ -1240,8 +1247,10 @@ def evaluate(run_or_checkpoint, truncs=(None,), n=None, extractor="inception", d
     images, labels, _ = load_images(config.data, config.size, config.channels, config.data_dir)
     n = n or len(images)
     # Shuffled, since each split of the Inception Score needs all classes.
-    classes = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))] if G.num_classes else None
-    result = {"checkpoint": str(path), "data": config.data, "network": None, "n_real": len(images), "seed": seed, "scores": []}
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    classes = labels[order] if G.num_classes else None
+    result = {"checkpoint": str(path), "data": config.data, "n_real": len(images), "seed": seed}
+    result |= {"network": None, "scores": []}
     try:
         network = metrics.load_extractor(extractor, device)
         result["network"] = network.name
@@ -1270,7 +1279,8 @@ def trunc_name(trunc):
 # Commands
 
 
-RESUMABLE = ("epochs", "steps", "data", "data_dir", "device", "amp", "log_every", "sample_every", "save_minutes", "tensorboard")
+# What may change when a run is resumed.
+RESUMABLE = "epochs steps data data_dir device amp log_every sample_every save_minutes tensorboard".split()
 
 
 def train_command(args):
@@ -1285,7 +1295,7 @@ def train_command(args):
         del given["augment"]  # the run holds what auto came to
     for name in given:
         if name not in RESUMABLE and given[name] != getattr(config, name):
-            raise UserError(f"--{name.replace('_', '-')} cannot change in a run that is resumed; these can: {', '.join(RESUMABLE)}")
+            raise UserError(f"--{name.replace('_', '-')} cannot change on --resume; these can: {', '.join(RESUMABLE)}")
     if "epochs" in given:
         given.setdefault("steps", None)
     return train(replace(config, **given), resume=run)
@@ -1302,8 +1312,11 @@ def eval_command(args):
 
 def print_table(rows):
     """Rows, dicts of the same keys, below a line of these; None is shown as a dash."""
-    cells = [[f"{v:.3f}" if isinstance(v, float) else "-" if v is None else str(v) for v in row.values()] for row in rows]
-    for line in [list(rows[0]), *cells]:
+
+    def text(value):
+        return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    for line in [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]:
         print("  ".join(f"{cell:>{max(8, len(name))}}" for cell, name in zip(line, rows[0])))
 
 
@@ -1325,7 +1338,7 @@ def sample_command(args):
 
 
 def write_samples(out, images, y):
-    """images [n,C,H,W] as a grid .png, as .npz (images [n,H,W,C], and labels y [n] unless None) or numbered in a folder."""
+    """images [n,C,H,W] as a grid .png, as .npz (images [n,H,W,C] and, unless None, labels y[n]) or as numbered .png."""
     if out.suffix == ".png":
         return write_picture(out, tile(images, 10))
     if out.suffix == ".npz":
@@ -1387,18 +1400,20 @@ def make_parser():
     p.set_defaults(command=train_command)
     p.add_argument("--resume", metavar="RUN", help="go on with a run")
     for f in fields(Config):
-        flag, about = f"--{f.name.replace('_', '-')}", f.metadata["help"]
-        about = about if f.default is None else f"{about} ({f.default})"
+        about = f.metadata["help"] if f.default is None else f"{f.metadata['help']} ({f.default})"
         kind = (typing.get_args(f.type) or (f.type,))[0]  # int | None -> int
         if kind is bool:
-            p.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=about)
+            how = {"action": argparse.BooleanOptionalAction}
+        elif f.metadata["choices"]:
+            how = {"choices": f.metadata["choices"]}
         else:
-            p.add_argument(flag, dest=f.name, type=kind, default=argparse.SUPPRESS, choices=f.metadata["choices"], help=about,
-                           metavar=None if f.metadata["choices"] else kind.__name__.upper())
+            how = {"type": kind, "metavar": kind.__name__.upper()}
+        # Absent unless given, so that --resume can tell what was asked for.
+        p.add_argument(f"--{f.name.replace('_', '-')}", dest=f.name, default=argparse.SUPPRESS, help=about, **how)
 
     p = commands.add_parser("eval", help="score a run", allow_abbrev=False)
     p.set_defaults(command=eval_command)
-    p.add_argument("--trunc", type=truncation, nargs="+", default=[None], help="one or several bounds of |z|; none for no bound (none)")
+    p.add_argument("--trunc", type=truncation, nargs="+", default=[None], help="bounds of |z|, or none (none)")
     p.add_argument("--n", type=between(2), help="samples (as many as training images)")
     p.add_argument("--data", help="where the training images lie now (where they lay at training)")
     p.add_argument("--data-dir", help="where the named data sets lie now (where they lay at training)")
@@ -1411,7 +1426,7 @@ def make_parser():
     p.add_argument("--n", type=between(1), help="samples (10 of a class, or 80)")
     p.add_argument("--classes", type=class_list, help="class indices, as in 3,5 (all)")
     p.add_argument("--interpolate", action="store_true", help="rows that walk between random pairs of z")
-    p.add_argument("--out", default="samples.png", help=".png for a grid, .npz, or a folder for numbered .png (samples.png)")
+    p.add_argument("--out", default="samples.png", help=".png for a grid, .npz, or a new folder (samples.png)")
     add_common(p)
     return parser
 

@@ -59,7 +59,7 @@ class Extractor:
             raise
         except Exception as error:  # a program fails in its own ways on what it was not made for
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{self.name} does not map {list(images.shape)} to (features [N,d], logits [N,k]): {reason}")
+            raise UserError(f"{self.name} makes no (features [N,d], logits [N,k]) of {list(images.shape)}: {reason}")
         return features.float(), logits.float()
 
     def label(self, score):
@@ -68,7 +68,7 @@ class Extractor:
 
 
 class Inception(nn.Module):
-    """torchvision's Inception v3: images [N,3,H,W] in [0,1] -> (features [N,2048] before the last layer, logits [N,1000])."""
+    """torchvision's Inception v3: images [N,3,H,W] in [0,1] -> (pooled features [N,2048], logits [N,1000])."""
 
     def __init__(self, state_dict):
         super().__init__()
@@ -97,8 +97,10 @@ def load_extractor(spec, device="cpu"):
         try:
             network = Inception(weights.get_state_dict(progress=False, check_hash=True))
         except Exception as error:  # no network, a file cut off or of another kind, a full disk
-            raise WeightsMissing(f"no Inception weights ({str(error) or type(error).__name__}): put {file.name} into "
-                                 f"{file.parent}, or name a weights file or a .pt2 program with --extractor")
+            raise WeightsMissing(
+                f"no Inception weights ({str(error) or type(error).__name__}): put {file.name} into "
+                f"{file.parent}, or name a weights file or a .pt2 program with --extractor"
+            )
         return Extractor(network.to(device).eval(), "Inception v3", str(weights), device, fid=True)
     path = Path(spec)
     if not path.is_file():
@@ -111,18 +113,20 @@ def load_extractor(spec, device="cpu"):
             program = move_to_device_pass(torch.export.load(path), str(device))
             return Extractor(program.module(), path.stem, key, device, fid=False)
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-        known = key.startswith(checksum)
-        return Extractor(Inception(state_dict).to(device).eval(), "Inception v3" if known else path.stem, key, device, known)
+        network, known = Inception(state_dict).to(device).eval(), key.startswith(checksum)
+        return Extractor(network, "Inception v3" if known else path.stem, key, device, known)
     except Exception as error:  # torch raises of every kind for files of another kind
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(f"{spec} is neither a .pt2 program that torch {torch.__version__} can read nor weights of "
-                        f"torchvision's Inception v3: {reason}")
+        raise UserError(
+            f"{spec} is neither a .pt2 program that torch {torch.__version__} can read nor weights of "
+            f"torchvision's Inception v3: {reason}"
+        )
 
 
 def extract(extractor, images, batch=64):
     """Features [N,d] and logits [N,k], float32 on the CPU, of images [N,C,H,W], uint8 or float in [0,1]."""
     pairs = [extractor(part) for part in images.split(batch)]
-    return torch.cat([f.cpu() for f, _ in pairs]), torch.cat([l.cpu() for _, l in pairs])
+    return tuple(torch.cat([part.cpu() for part in parts]) for parts in zip(*pairs))
 
 
 def extract_cached(extractor, images, folder, batch=64):
@@ -344,10 +348,16 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
+        try:
+            torch.zeros(1, device=args.device)
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+            raise UserError(f"no device {args.device!r} here: {str(error).splitlines()[0]}")
         extractor = load_extractor(args.extractor, args.device)
         real, fake = (extract_folder(extractor, folder) for folder in (args.real, args.fake))
+        # Files are often sorted by class, and each split of the Inception Score needs all classes.
+        order = torch.randperm(len(fake[0]), generator=torch.Generator().manual_seed(0))
         print(f"{extractor.name}: {len(fake[0])} images of {args.fake} against {len(real[0])} of {args.real}")
-        for name, value in score(extractor, real, fake).items():
+        for name, value in score(extractor, real, tuple(part[order] for part in fake)).items():
             print(f"{name:24} {value:.4f}")
     except (UserError, OSError) as error:
         print(f"metrics.py: error: {error}", file=sys.stderr)

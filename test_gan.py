@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 import urllib.error
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -437,7 +436,22 @@ def color_picture():
     return image
 
 
-@pytest.mark.parametrize("kind", ["RGB.png", "L.png", "1.png", "P.png", "P.gif", "RGBA.png", "LA.png", "RGB.bmp", "CMYK.tif", "I;16.png", "I;16.tif"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "RGB.png",
+        "L.png",
+        "1.png",
+        "P.png",
+        "P.gif",
+        "RGBA.png",
+        "LA.png",
+        "RGB.bmp",
+        "CMYK.tif",
+        "I;16.png",
+        "I;16.tif",
+    ],
+)
 def test_each_lossless_mode_is_decoded_exactly(tmp_path, kind):
     picture = color_picture()
     mode, suffix = kind.split(".")
@@ -593,7 +607,9 @@ def test_mnist_in_torchvision_layout(tmp_path):
         header = (2051).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in (3, 28, 28))
         pixels = np.repeat(np.array([10, 20, 30], np.uint8), 28 * 28).tobytes()
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes((2049).to_bytes(4, "big") + (3).to_bytes(4, "big") + b"\x07\x00\x02")
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            (2049).to_bytes(4, "big") + (3).to_bytes(4, "big") + b"\x07\x00\x02"
+        )
     images, labels, classes = gan.load_images("mnist", 32, 1, str(tmp_path))
     assert images.shape == (3, 1, 32, 32) and images.float().mean((1, 2, 3)).tolist() == [10, 20, 30]
     assert [classes[y] for y in labels] == ["7", "0", "2"]
@@ -718,7 +734,10 @@ def test_checkpoint_is_written_before_the_picture(folder, tmp_path, monkeypatch)
         raise OSError("disk full")
 
     monkeypatch.setattr(gan, "sample_grid", broken)
-    assert gan.main(["train", "--data", str(folder), *TOY_FLAGS, "--steps", "2", "--runs", str(tmp_path), "--name", "x"]) == 2
+    assert (
+        gan.main(["train", "--data", str(folder), *TOY_FLAGS, "--steps", "2", "--runs", str(tmp_path), "--name", "x"])
+        == 2
+    )
     assert gan.read_checkpoint(tmp_path / "x" / "checkpoint.pt")["step"] == 2
 
 
@@ -762,7 +781,9 @@ def test_images_stay_off_a_device_that_is_too_small(monkeypatch):
 def test_every_loss_trains_both_networks(loss):
     state = toy_state(loss=loss, label_smoothing=0.1 if loss in gan.SMOOTHABLE else 0, g_steps=2, d_steps=2)
     before = {name: [p.clone() for p in getattr(state, name).parameters()] for name in ("G", "D", "G_ema")}
-    data = gan.batches(torch.randint(256, (16, 3, 16, 16), dtype=torch.uint8), torch.arange(16) % 3, state.config, torch.device("cpu"))
+    data = gan.batches(
+        torch.randint(256, (16, 3, 16, 16), dtype=torch.uint8), torch.arange(16) % 3, state.config, torch.device("cpu")
+    )
     assert torch.isfinite(gan.train_step(state, data)).all() and state.step == 1
     for name, old in before.items():
         assert any(not torch.equal(p, q) for p, q in zip(getattr(state, name).parameters(), old)), name
@@ -811,7 +832,9 @@ def test_training_learns_the_classes(tmp_path):
         right = torch.cdist(samples, means).argmin(1) == torch.arange(17).repeat(20)
         return right.float().mean().item(), metrics.frechet_distance(features, samples)
 
-    start, start_distance = score(gan.new_state(gan.resolve(config), [str(c) for c in range(17)], torch.device("cpu")).G_ema)
+    start, start_distance = score(
+        gan.new_state(gan.resolve(config), [str(c) for c in range(17)], torch.device("cpu")).G_ema
+    )
     end, end_distance = score(gan.load_generator(gan.train(config))[0])
     print(f"accuracy {start:.3f} -> {end:.3f}, distance {start_distance:.3f} -> {end_distance:.3f}")
     assert start < 0.12 and end > 0.48
@@ -908,7 +931,9 @@ def test_user_errors_of_train(flags, hint, run, folder, tmp_path, capsys, monkey
     (tmp_path / "junk" / "a.png").write_text("no picture")
     (tmp_path / "rose-1").symlink_to(folder / "rose 1")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(urllib.error.URLError("offline")))
+    monkeypatch.setattr(
+        "urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(urllib.error.URLError("offline"))
+    )
     checkpoint = (run / "checkpoint.pt").read_bytes()
     words = [w.format(tmp=tmp_path, run=run, folder=tmp_path) for w in flags.split()]
     resuming = "--resume" in words
@@ -936,7 +961,7 @@ def test_user_errors_of_train(flags, hint, run, folder, tmp_path, capsys, monkey
         ("sample --run {tmp}/misfit.pt", "does not fit"),
         ("sample --run {tmp}/lacking.pt", "G_ema"),
         ("sample --run {run} --seed 99999999999999999999999", "seed"),
-        ("eval --run {run} --extractor {tmp}/fixed.pt2", "does not map"),
+        ("eval --run {run} --extractor {tmp}/fixed.pt2", "makes no (features"),
         ("sample --run {run} --classes 3", "0 to 2"),
         ("sample --run {run} --classes -1", "0 to 2"),
         ("sample --run {run} --classes a", "classes"),
@@ -972,7 +997,18 @@ def test_classes_of_an_unconditional_run(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_finish_the_step_and_save(number, tmp_path, folder):
-    argv = [sys.executable, HERE / "gan.py", "train", "--data", folder, *TOY_FLAGS, "--steps", "100000", "--log-every", "1"]
+    argv = [
+        sys.executable,
+        HERE / "gan.py",
+        "train",
+        "--data",
+        folder,
+        *TOY_FLAGS,
+        "--steps",
+        "100000",
+        "--log-every",
+        "1",
+    ]
     with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         lines = []
         while not (lines and lines[-1].startswith("step 3/")):
@@ -998,7 +1034,10 @@ def test_sample_outputs(run, tmp_path):
     assert gan.main(["sample", "--run", str(run), "--n", "7", "--out", str(tmp_path / "folder")]) == 0
     for i, image in enumerate(expected):
         assert torch.equal(pil_to_tensor(Image.open(tmp_path / "folder" / f"{i:05d}.png")), image)
-    assert gan.main(["sample", "--run", str(run), "--interpolate", "--classes", "1", "--out", str(tmp_path / "w.png")]) == 0
+    assert (
+        gan.main(["sample", "--run", str(run), "--interpolate", "--classes", "1", "--out", str(tmp_path / "w.png")])
+        == 0
+    )
     assert Image.open(tmp_path / "w.png").size == (10 * 18 + 2, 8 * 18 + 2)
 
 
@@ -1111,7 +1150,11 @@ def test_stats_equal_numpy_in_any_parts(tmp_path):
     stats = metrics.FeatureStats(7)
     for part in x.split([1, 99, 0, 400]):
         stats.update(part)
-    merged = metrics.FeatureStats(7).update(x[:200]).merge(metrics.FeatureStats(7).update(x[200:]).merge(metrics.FeatureStats(7)))
+    merged = (
+        metrics.FeatureStats(7)
+        .update(x[:200])
+        .merge(metrics.FeatureStats(7).update(x[200:]).merge(metrics.FeatureStats(7)))
+    )
     stats.save(tmp_path / "stats.npz")
     for s in (stats, merged, metrics.FeatureStats.load(tmp_path / "stats.npz")):
         assert s.n == 500
@@ -1136,7 +1179,9 @@ def test_frechet_distance_closed_forms():
     # Covariances that do not commute, against the eigenvalues of their plain product.
     a, b = (normal(40, 6, seed) @ normal(6, 6, seed + 9) + seed for seed in (0, 1))
     A, B = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(A + B) - 2 * np.sqrt(np.linalg.eigvals(A @ B)).real.sum()
+    expected = (
+        ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(A + B) - 2 * np.sqrt(np.linalg.eigvals(A @ B)).real.sum()
+    )
     assert abs(metrics.frechet_distance(a, b) - expected) < 1e-8
     # Fewer samples than dimensions.
     x = normal(10, 50, 3)
@@ -1202,6 +1247,20 @@ def test_precision_recall_equal_their_definitions():
 def test_scores_refuse_what_they_cannot_do(call):
     with pytest.raises(metrics.UserError):
         call()
+
+
+def test_command_line_scores_folders_sorted_by_class(tmp_path, extractor_file, capsys):
+    for i in range(20):  # in the order of their names, each split of the Inception Score would hold one kind
+        write_picture(torch.full((3, 8, 8), 255 * (i // 10), dtype=torch.uint8), tmp_path / f"{i:02d}.png")
+    argv = [str(tmp_path), str(tmp_path), "--extractor", str(extractor_file)]
+    assert metrics.main(argv) == 0
+    out = dict(line.split() for line in capsys.readouterr().out.replace("IS std", "IS-std").splitlines()[1:])
+    assert float(out["FD(tiny)"]) < 1e-6 and float(out["IS(tiny)"]) > 1.2
+    for wrong in (["--device", "tpu"], ["--extractor", "nowhere"]):
+        assert metrics.main(argv + wrong) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "99.png").write_text("no picture")
+    assert metrics.main(argv) == 2 and "99.png" in capsys.readouterr().err
 
 
 def test_program_takes_gray_uint8_and_any_batch(extractor_file):
