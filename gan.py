@@ -259,9 +259,10 @@ class Generator(nn.Module):
         self.norm = nn.BatchNorm2d(widths[-1])
         self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1)
         orthogonal_init(self)
-        # The batch norms behind these layers take their scale out again, and Adam's steps have a fixed size: smaller
-        # weights are the same network, but it learns faster.
-        for layer in (self.linear, *(m for m in self.blocks.modules() if isinstance(m, nn.Conv2d))):
+        # All but the last layer start at a tenth. Batch norm takes the scale of what is in front of it out again, but
+        # Adam's steps have a fixed size, so small weights learn faster; and the gains start near 1, or else each z would
+        # have a network of its own.
+        for layer in (self.linear, *(m for m in self.blocks.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))):
             layer.weight.data *= 0.1
 
     def forward(self, z, y=None):
@@ -657,13 +658,13 @@ def draw_flowers(c, n, size):
         canvas[:] += (colour * light[..., None] - canvas) * mask
 
     # What makes the class. Hues go round from blue over red to yellow and leave out the leaves' green.
-    petals, hue = (5, 7, 4, 6, 10)[c % 5], (0.52 + 0.66 * (c * 0.618 % 1)) % 1
+    petals, hue = (5, 6, 4, 8, 3)[c % 5], (0.52 + 0.66 * (c * 0.618 % 1)) % 1
     vivid, bright = ((0.9, 1.0), (0.4, 1.0), (0.85, 0.7))[c // 2 % 3]
-    petal_width, heart, pointed = (1.0, 0.75, 1.2)[c % 3] * 1.9 / petals, (0.2, 0.3, 0.15, 0.25)[c % 4], c % 2
+    petal_width, heart, pointed = (1.1, 0.9, 1.3)[c % 3] * 2.2 / petals, (0.2, 0.3, 0.15, 0.25)[c % 4], c % 2
     ground = ((0.58, 0.4, 0.9), (0.3, 0.6, 0.4), (0.12, 0.25, 0.95), (0.7, 0.3, 0.2))[c % 4]  # hue, saturation, value
 
     # What varies within it.
-    cx, cy, radius, turn = vary(-0.15, 0.15), vary(-0.2, 0.05), vary(0.6, 0.85), vary(0, 2 * np.pi)
+    cx, cy, radius, turn = vary(-0.1, 0.1), vary(-0.2, 0.0), vary(0.65, 0.85), vary(-0.2, 0.2) - np.pi / 2
     bend, shade = vary(-0.2, 0.2), vary(0.8, 1.1)
     petal_colour = rgb(hue + vary(-0.025, 0.025), vivid, bright * shade)
     canvas = rgb(ground[0] + vary(-0.03, 0.03), ground[1], ground[2] * vary(0.85, 1.05)) * (1 - 0.2 * y[..., None])
