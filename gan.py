@@ -45,6 +45,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from torchvision.utils import make_grid
 
 DATASETS = ("synthetic", "flowers17", "mnist", "fashion", "usps", "cifar10", "celeba", "flowers102")
+SIZES = (16, 32, 64, 128, 256)
 GRAY = ("mnist", "fashion", "usps")  # one channel, and not to be mirrored: digits would change
 
 
@@ -106,7 +107,7 @@ class Config:
                     "log_every", "sample_every", "save_minutes")
         rules = [(0 < getattr(self, name) < 1e9, f"--{name} must be positive") for name in positive]
         rules += [
-            (self.size is None or self.size in (16, 32, 64, 128, 256), "--size must be 16, 32, 64, 128 or 256"),
+            (self.size is None or self.size in SIZES, "--size must be 16, 32, 64, 128 or 256"),
             (self.channels in (None, 1, 3), "--channels must be 1 or 3"),
             (self.width is None or self.width > 0, "--width must be positive"),
             (self.steps is None or self.steps > 0, "--steps must be positive"),
@@ -154,7 +155,7 @@ def resolve(config):
 
 def channel_widths(size, width, max_width):
     """Channels at size, size/2, ..., 4 pixels: doubled at every halving, up to max_width."""
-    if size not in (16, 32, 64, 128, 256):
+    if size not in SIZES:
         raise UserError(f"size must be 16, 32, 64, 128 or 256, not {size}")
     return [min(max_width, width * 2**i) for i in range(int(math.log2(size)) - 1)]
 
@@ -944,13 +945,17 @@ def restore(content, config, device):
     return state
 
 
+def checkpoint_of(run_or_checkpoint):
+    path = Path(run_or_checkpoint)
+    return path / "checkpoint.pt" if path.is_dir() else path
+
+
 def load_generator(run_or_checkpoint, device="cpu"):
     """The averaged generator of a run's folder or of a checkpoint file -> (G in eval mode on the device, Config).
 
     Raises UserError if there is no such checkpoint or it is damaged.
     """
-    path = Path(run_or_checkpoint)
-    content = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    content = read_checkpoint(checkpoint_of(run_or_checkpoint))
     G = new_generator(content["config"], len(content["classes"]))
     load_into(G, content["G_ema"])
     return G.to(device).eval().requires_grad_(False), content["config"]
@@ -1071,6 +1076,14 @@ def autocast(state):
     return torch.autocast(device_of(state.G).type, state.amp_dtype if enabled else torch.bfloat16, enabled)
 
 
+def descend(state, optimizer, loss):
+    """One step of the optimizer down the gradient of the loss."""
+    optimizer.zero_grad()
+    state.scaler.scale(loss).backward()
+    state.scaler.step(optimizer)
+    state.scaler.update()
+
+
 def update_discriminator(state, real, y):
     """One step of D on real[B,C,H,W] in [-1,1] with classes y[B], and on as many fakes of the same classes.
 
@@ -1086,10 +1099,7 @@ def update_discriminator(state, real, y):
     with autocast(state):  # one pass over both: fewer, larger products
         real_logits, fake_logits = state.D(both, y.repeat(2)).chunk(2)
     loss_D = d_loss(real_logits, fake_logits)
-    state.opt_D.zero_grad()
-    state.scaler.scale(loss_D).backward()
-    state.scaler.step(state.opt_D)
-    state.scaler.update()
+    descend(state, state.opt_D, loss_D)
     border = 0.5 if c.loss == "lsgan" else 0.0  # halfway between what the loss pulls real and fake to
     right = (real_logits > border).float().mean(), (fake_logits < border).float().mean()
     return torch.stack([loss_D.detach(), *right])
@@ -1105,10 +1115,7 @@ def update_generator(state, y):
     with autocast(state):
         fake_logits = state.D(fake, y)
     loss_G = LOSSES[c.loss][1](fake_logits)
-    state.opt_G.zero_grad()
-    state.scaler.scale(loss_G).backward()
-    state.scaler.step(state.opt_G)
-    state.scaler.update()
+    descend(state, state.opt_G, loss_G)
     state.D.requires_grad_(True)
     return loss_G.detach()
 
@@ -1241,8 +1248,7 @@ def evaluate(
         raise UserError("eval needs the file metrics.py beside gan.py")
 
     device = pick_device(device)
-    path = Path(run_or_checkpoint)
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = checkpoint_of(run_or_checkpoint)
     G, config = load_generator(path, device)
     config = resolve(replace(config, data=data or config.data, data_dir=data_dir or config.data_dir))
     images, labels, _ = load_images(config.data, config.size, config.channels, config.data_dir)

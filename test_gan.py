@@ -1041,17 +1041,27 @@ def test_sample_outputs(run, tmp_path):
     assert Image.open(tmp_path / "w.png").size == (10 * 18 + 2, 8 * 18 + 2)
 
 
+class Recorder(gan.Generator):
+    """A generator that keeps what it was called with; with_standing_statistics copies it, so the class holds the list."""
+
+    calls = []
+
+    def forward(self, z, y=None):
+        self.calls.append((z, y))
+        return super().forward(z, y)
+
+
+def rendered():
+    """All z and y that a Recorder was called with behind the 20 batches of statistics; the list is empty then."""
+    z, y = (torch.cat(parts) for parts in zip(*Recorder.calls[20:]))
+    Recorder.calls.clear()
+    return z, y
+
+
 def test_interpolation_ends_at_its_noise_and_keeps_its_length():
-    seen = []
-
-    class Recorder(gan.Generator):
-        def forward(self, z, y=None):
-            seen.append((z, y))
-            return super().forward(z, y)
-
     G = Recorder(16, 3, 4, 8, 8, 3)
     gan.interpolate(G, classes=[2, 0], rows=3, columns=5, seed=4)
-    z, y = (torch.cat(parts) for parts in zip(*seen[20:]))  # behind the 20 batches of statistics
+    z, y = rendered()
     ends = gan.sample_z(6, 8, generator=torch.Generator().manual_seed(4))
     assert y.tolist() == [2] * 5 + [0] * 5 + [2] * 5
     assert torch.allclose(z[0::5], ends[:3], atol=1e-5) and torch.allclose(z[4::5], ends[3:], atol=1e-5)
@@ -1060,20 +1070,12 @@ def test_interpolation_ends_at_its_noise_and_keeps_its_length():
 
 
 def test_grid_has_a_class_a_row_and_a_z_a_column():
-    seen = []
-
-    class Recorder(gan.Generator):
-        def forward(self, z, y=None):
-            seen.append((z, y))
-            return super().forward(z, y)
-
     gan.sample_grid(Recorder(16, 3, 4, 8, 8, 3), columns=4)
-    z, y = (torch.cat(parts) for parts in zip(*seen[20:]))
+    z, y = rendered()
     assert y.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert torch.equal(z[:4], z[4:8]) and torch.equal(z[:4], z[8:]) and len(z[:4].unique(dim=0)) == 4
-    seen.clear()
     gan.sample_grid(Recorder(16, 3, 4, 8, 8), columns=4)
-    assert len(torch.cat([z for z, _ in seen[20:]]).unique(dim=0)) == 32
+    assert len(rendered()[0].unique(dim=0)) == 32
 
 
 def test_newest_run_and_names(tmp_path):
