@@ -1260,13 +1260,13 @@ def evaluate(
     result |= {"network": None, "scores": []}
     try:
         network = metrics.load_extractor(extractor, device)
-        result["network"] = network.name
-        show(f"{network.name} looks at the {len(images)} training images")
-        real = metrics.extract_cached(network, images, cache_folder())
+        result |= network.made_by
+        progress = metrics.show_progress(f"{network.name} on the training images")
+        real = metrics.measure_cached(network, images, cache_folder(), progress)
         for trunc in truncs:
-            show(f"{network.name} looks at {n} samples at trunc {trunc_name(trunc)}")
-            fake = metrics.extract(network, generate(G, n, trunc, classes, seed))
-            result["scores"].append({"trunc": trunc, "n": n, **metrics.score(network, real, fake)})
+            progress = metrics.show_progress(f"{network.name} on samples at trunc {trunc_name(trunc)}")
+            fake = metrics.measure(network, generate(G, n, trunc, classes, seed), progress=progress)
+            result["scores"].append({"trunc": trunc, "n": n, **metrics.compare(real, fake)})
     except metrics.WeightsMissing as error:
         result["note"] = str(error)
         result["scores"] = [{"trunc": trunc, "n": n, "FID": None, "IS": None, "IS std": None} for trunc in truncs]

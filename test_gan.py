@@ -16,6 +16,7 @@ import urllib.error
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -961,7 +962,7 @@ def test_user_errors_of_train(flags, hint, run, folder, tmp_path, capsys, monkey
         ("sample --run {tmp}/misfit.pt", "does not fit"),
         ("sample --run {tmp}/lacking.pt", "G_ema"),
         ("sample --run {run} --seed 99999999999999999999999", "seed"),
-        ("eval --run {run} --extractor {tmp}/fixed.pt2", "makes no (features"),
+        ("eval --run {run} --extractor {tmp}/fixed.pt2", "makes no features"),
         ("sample --run {run} --classes 3", "0 to 2"),
         ("sample --run {run} --classes -1", "0 to 2"),
         ("sample --run {run} --classes a", "classes"),
@@ -1103,6 +1104,7 @@ def test_eval_writes_scores_and_grids(run, extractor_file, capsys, monkeypatch):
     out = capsys.readouterr().out
     result = json.loads((run / "eval.json").read_text())
     assert result["network"] == "tiny" and result["n_real"] == 24
+    assert result["resize"] == "native" and result["precision"] == "float32" and len(result["weights"]) == 16
     assert [(row["trunc"], row["n"]) for row in result["scores"]] == [(0.5, 30), (None, 30)]
     assert "FD(tiny)" in out and "FID" not in out and "0.5" in out and "30" in out
     assert Image.open(run / "eval-trunc-0.5.png").size == Image.open(run / "eval-trunc-none.png").size
@@ -1117,9 +1119,8 @@ def test_eval_writes_scores_and_grids(run, extractor_file, capsys, monkeypatch):
     assert abs(result["scores"][0]["FD(tiny)"] - metrics.frechet_distance(real, fake)) < 1e-6
 
     # The real images' features come from the cache.
-    sizes = []
-    extract = metrics.extract
-    monkeypatch.setattr(metrics, "extract", lambda e, x, batch=64: sizes.append(len(x)) or extract(e, x, batch))
+    sizes, measure = [], metrics.measure
+    monkeypatch.setattr(metrics, "measure", lambda e, x, **how: sizes.append(len(x)) or measure(e, x, **how))
     assert gan.main(argv) == 0 and sizes == [30, 30]
     assert json.loads((run / "eval.json").read_text()) == result
 
@@ -1140,55 +1141,190 @@ def test_eval_without_inception_weights(failure, run, capsys, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# metrics
+# metrics: statistics and the Frechet distance
 
 
 def normal(n, d, seed):
     return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def orthonormal(n, d, seed):
+    return torch.linalg.qr(normal(n, d, seed)).Q
+
+
+def features_of(n, mean, values, basis, seed):
+    """Features [n,d] whose mean is mean [d] and whose covariance is basis^T diag(values) basis, up to rounding."""
+    x = normal(n, len(values), seed)
+    scores = torch.linalg.qr(x - x.mean(0)).Q  # centred, uncorrelated
+    return mean + scores * (values * (n - 1)).sqrt() @ basis
+
+
 def test_stats_equal_numpy_in_any_parts(tmp_path):
-    x = normal(500, 7, 0) @ normal(7, 7, 1) + 1000  # far from zero: sums of squares would lose digits
+    x = normal(3000, 7, 0) @ normal(7, 7, 1) + 1000  # far from zero: sums of squares would lose digits
     stats = metrics.FeatureStats(7)
-    for part in x.split([1, 99, 0, 400]):
+    for part in x.split([1, 99, 0, 400, 2500]):
         stats.update(part)
-    merged = (
-        metrics.FeatureStats(7)
-        .update(x[:200])
-        .merge(metrics.FeatureStats(7).update(x[200:]).merge(metrics.FeatureStats(7)))
-    )
+    one, other = metrics.FeatureStats(7).update(x[:1]), metrics.FeatureStats(7).update(x[1:])
+    merged = metrics.FeatureStats(7).merge(one).merge(other.merge(metrics.FeatureStats(7)))
     stats.save(tmp_path / "stats.npz")
     for s in (stats, merged, metrics.FeatureStats.load(tmp_path / "stats.npz")):
-        assert s.n == 500
+        assert s.n == 3000
         assert np.abs(s.mean.numpy() - x.numpy().mean(0)).max() < 1e-9
         assert np.abs(s.cov.numpy() - np.cov(x.numpy(), rowvar=False)).max() < 1e-9
-    (tmp_path / "no.npz").write_text("no")
-    with pytest.raises(metrics.UserError):
-        metrics.FeatureStats.load(tmp_path / "no.npz")
+    assert sum(map(len, stats._pending)) + len(stats._factor) <= 1024 + 7  # nothing that grows with n
 
 
-def stats_of(mean, cov):
-    stats = metrics.FeatureStats(len(mean))
-    stats.n, stats.mean, stats.scatter = 2, torch.as_tensor(mean).double(), torch.as_tensor(cov).double()
-    return stats
+def test_stats_keep_what_they_were_given():
+    x = normal(20, 3, 0)
+    copy = x.clone()
+    stats = metrics.FeatureStats(3).update(x)
+    x += 1
+    assert torch.allclose(stats.mean, copy.mean(0)) and torch.equal(x, copy + 1)
 
 
-def test_frechet_distance_closed_forms():
-    # Diagonal covariances: |mu - nu|^2 + sum of (s - t)^2.
-    s, t = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([3.0, 0.5, 1.0])
-    distance = metrics.frechet_distance(stats_of([0, 0, 0], torch.diag(s**2)), stats_of([1, 2, 2], torch.diag(t**2)))
-    assert abs(distance - (9 + 4 + 2.25 + 1)) < 1e-9
-    # Covariances that do not commute, against the eigenvalues of their plain product.
-    a, b = (normal(40, 6, seed) @ normal(6, 6, seed + 9) + seed for seed in (0, 1))
-    A, B = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
-    expected = (
-        ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(A + B) - 2 * np.sqrt(np.linalg.eigvals(A @ B)).real.sum()
+def test_stats_files_are_those_of_pytorch_fid(tmp_path):
+    x = normal(30, 4, 0)
+    mu, sigma = x.numpy().mean(0), np.cov(x.numpy(), rowvar=False)
+    np.savez(tmp_path / "theirs.npz", mu=mu, sigma=sigma)
+    theirs = metrics.FeatureStats.load(tmp_path / "theirs.npz")
+    y = normal(9, 4, 1)
+    assert abs(metrics.frechet_distance(theirs, y) - metrics.frechet_distance(x, y)) < 1e-9
+    assert theirs.n is None and theirs.made_by == {}
+    with pytest.raises(metrics.UserError, match="number of samples"):
+        metrics.FeatureStats(4).update(y).merge(theirs)
+    metrics.FeatureStats(4, {"network": "n", "weights": "w", "resize": "r", "precision": "p"}).update(x).save(
+        tmp_path / "ours.npz"
     )
-    assert abs(metrics.frechet_distance(a, b) - expected) < 1e-8
-    # Fewer samples than dimensions.
-    x = normal(10, 50, 3)
-    assert metrics.frechet_distance(x, x) < 1e-5
-    assert abs(metrics.frechet_distance(x, x + 2) - 4 * 50) < 1e-4
+    with np.load(tmp_path / "ours.npz") as ours:  # allow_pickle=False, as pytorch-fid reads it
+        assert np.abs(ours["mu"] - mu).max() < 1e-12 and np.abs(ours["sigma"] - sigma).max() < 1e-12
+    ours = metrics.FeatureStats.load(tmp_path / "ours.npz")
+    assert ours.n == 30 and ours.made_by == {"network": "n", "weights": "w", "resize": "r", "precision": "p"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "no",
+        {},
+        {"mu": np.zeros(3)},
+        {"mu": np.zeros(3), "sigma": np.eye(2)},
+        {"mu": np.zeros(2), "sigma": -np.eye(2)},
+        {"mu": np.zeros(2), "sigma": np.eye(2) * np.nan},
+    ],
+)
+def test_stats_refuse_other_files(content, tmp_path):
+    file = tmp_path / "no.npz"
+    file.write_text(content) if isinstance(content, str) else np.savez(file, **content)
+    with pytest.raises(metrics.UserError):
+        metrics.FeatureStats.load(file)
+
+
+# (kept by both, by the first alone, by the second alone) of 24 directions
+RANKS = {"full": (24, 0, 0), "overlapping": (6, 5, 9), "disjoint": (0, 7, 8), "nested": (3, 0, 12), "one": (1, 0, 0)}
+
+
+@pytest.mark.parametrize("far", [0, 1000])
+@pytest.mark.parametrize("n", [(25, 25), (26, 4000), (300, 500)])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_frechet_distance_of_commuting_covariances(ranks, n, far, tmp_path):
+    both, first, second = RANKS[ranks]
+    basis = orthonormal(24, 24, 0)
+    a, b = (torch.logspace(0, -2, 24, dtype=torch.float64) ** power for power in (1, 0.5))
+    a[both + first :], b[:both], b[both : both + first] = 0, b[:both], 0
+    b[both + first + second :] = 0
+    mean = normal(2, 24, 1) * 0.1 + far
+    expected = ((mean[0] - mean[1]) ** 2).sum() + ((a.sqrt() - b.sqrt()) ** 2).sum()
+    x, y = features_of(n[0], mean[0], a, basis, 2), features_of(n[1], mean[1], b, basis, 3)
+    assert abs(metrics.frechet_distance(x, y) - expected) < 1e-9
+    # The order of samples, a rotation, parts and files change nothing.
+    turn, order = orthonormal(24, 24, 4), torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    assert abs(metrics.frechet_distance(x[order] @ turn, y @ turn) - expected) < 1e-9
+    stats, rest = metrics.FeatureStats(24).update(x[:3]), metrics.FeatureStats(24)
+    for part in x[3:].split(7):
+        rest.update(part)
+    stats.merge(rest).save(tmp_path / "x.npz")
+    assert abs(metrics.frechet_distance(stats, y) - expected) < 1e-9
+    if not far:  # sigma alone has lost the digits that the mean's size takes
+        assert abs(metrics.frechet_distance(metrics.FeatureStats.load(tmp_path / "x.npz"), y) - expected) < 1e-9
+    # From moments, as close as sigma's own rounding allows.
+    moments = (metrics.FeatureStats.from_moments(m, basis.T @ torch.diag(v) @ basis) for m, v in zip(mean, (a, b)))
+    assert abs(metrics.frechet_distance(*moments) - expected) < 1e-9
+
+
+@pytest.mark.parametrize("n", [(2, 2), (2, 50), (12, 11), (40, 8), (60, 70)])
+def test_frechet_distance_against_high_precision(n):
+    """Covariances that do not commute, regular and singular, in 60 digits by the eigenvalues of their product."""
+    mp = mpmath.mp.clone()
+    mp.dps = 60
+    x, y = (
+        normal(n[0], 10, 0) * torch.logspace(0, -3, 10, dtype=torch.float64) + 3,
+        normal(n[1], 10, 1) @ normal(10, 10, 2),
+    )
+
+    def moments(x):
+        x = mp.matrix(x.tolist())
+        mean = [mp.fsum(x[:, j]) / x.rows for j in range(x.cols)]
+        centred = mp.matrix([[x[i, j] - mean[j] for j in range(x.cols)] for i in range(x.rows)])
+        return mp.matrix(mean), centred.T * centred / (x.rows - 1)
+
+    (mu, A), (nu, B) = moments(x), moments(y)
+    values, vectors = mp.eigsy(A)
+    root = vectors * mp.diag([mp.sqrt(max(v, 0)) for v in values]) * vectors.T
+    cross = mp.fsum(mp.sqrt(max(v, 0)) for v in mp.eigsy(root * B * root, eigvals_only=True))
+    trace = mp.fsum(A[i, i] + B[i, i] for i in range(10))
+    expected = mp.fsum((mu[i] - nu[i]) ** 2 for i in range(10)) + trace - 2 * cross
+    assert abs(metrics.frechet_distance(x, y) - float(expected)) < 1e-9 * float(expected)
+
+
+def test_frechet_distance_of_equal_and_nearly_equal_sets():
+    for n, d in ((2, 1), (2, 30), (10, 50), (200, 40), (3000, 1)):
+        x = normal(n, d, 0) * 10 + 1000
+        for y in (x, x.flip(0), metrics.FeatureStats(d).update(x[:1]).update(x[1:])):
+            assert 0 <= metrics.frechet_distance(x, y) < 1e-9
+        assert abs(metrics.frechet_distance(x, x + 2) - 4 * d) < 1e-9
+    x = normal(300, 40, 1)
+    x -= x.mean(0)
+    for power in range(1, 7):  # y = (1 + e) x is e^2 tr A away; the traces would cancel
+        scale = 1 + 2.0 ** -(power**1.7)  # exact in binary
+        expected = (scale - 1) ** 2 * x.square().sum().item() / 299
+        assert abs(metrics.frechet_distance(x, scale * x) / expected - 1) < 1e-9
+
+
+def test_frechet_distance_in_one_dimension():
+    x, y = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [4.0], [8.0]])
+    assert abs(metrics.frechet_distance(x, y) - ((2 - 4) ** 2 + (2**0.5 - 4) ** 2)) < 1e-12
+
+
+def test_frechet_infinity_and_interval():
+    """Against what a normal generator's distances are, for infinitely many samples and over many samples."""
+    d, n = 8, 400
+    real = metrics.FeatureStats.from_moments(torch.zeros(d), torch.eye(d))
+    draw = lambda seed: 1.2 * normal(n, d, seed) + 0.05  # noqa: E731
+    true = 0.05**2 * d + 0.2**2 * d
+    many = [metrics.frechet_distance(real, draw(seed)) for seed in range(200)]
+    extrapolated = [metrics.frechet_infinity(real, draw(seed)) for seed in range(40)]
+    bias = np.mean(many) - true
+    assert bias > 0.03 and abs(np.mean(extrapolated) - true) < bias / 3
+    intervals = [metrics.frechet_interval(real, draw(seed), resamples=40) for seed in range(40)]
+    assert 36 <= sum(low <= np.mean(many) <= high for low, high in intervals) <= 40
+    width = np.mean([high - low for low, high in intervals]) / (np.quantile(many, 0.975) - np.quantile(many, 0.025))
+    assert 0.8 < width < 1.6
+    assert metrics.frechet_interval(real, draw(0)) == metrics.frechet_interval(real, draw(0))
+    assert metrics.frechet_interval(real, draw(0)) != metrics.frechet_interval(real, draw(0), seed=1)
+    assert metrics.frechet_infinity(real, draw(0)) != metrics.frechet_infinity(real, draw(0), seed=1)
+
+
+def test_frechet_by_class():
+    x, y, labels = normal(20, 3, 0), normal(12, 3, 1), [0, 1, 1, 1] * 3
+    result = metrics.frechet_by_class(x, [1] * 10 + [0] * 10, y, labels)
+    one = metrics.frechet_distance(x[:10], y[[i for i, c in enumerate(labels) if c == 1]])
+    assert list(result) == [0, 1] and result[1] == (one, 10, 9) and result[0][1:] == (10, 3)
+    with pytest.raises(metrics.UserError, match="class a has 0 real and 12"):
+        metrics.frechet_by_class(x, ["b"] * 20, y, ["a"] * 12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics: the other scores
 
 
 def test_inception_score_closed_forms():
@@ -1202,21 +1338,48 @@ def test_inception_score_closed_forms():
     expected = [np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in np.split(p, 3)]
     mean, std = metrics.inception_score(logits, splits=3)
     assert abs(mean - np.mean(expected)) < 1e-9 and abs(std - np.std(expected)) < 1e-9
+    # Fewer samples than splits: one each, which tells nothing.
+    assert metrics.inception_score(logits[:4]) == (pytest.approx(1, abs=1e-12), pytest.approx(0, abs=1e-12))
+
+
+def test_inception_score_is_shuffled_by_its_seed_alone():
+    sorted_by_class = torch.eye(5).repeat_interleave(20, dim=0) * 1000
+    assert abs(metrics.inception_score(sorted_by_class, splits=5)[0] - 1) < 1e-9
+    assert metrics.inception_score(sorted_by_class, splits=5, seed=0)[0] > 4
+    logits = normal(50, 4, 0)
+    assert metrics.inception_score(logits, seed=0) == metrics.inception_score(logits, seed=0)
+    assert metrics.inception_score(logits, seed=0) != metrics.inception_score(logits, seed=1)
+    one, other = (metrics.inception_score(logits, splits=1, seed=seed) for seed in (0, None))
+    assert abs(one[0] - other[0]) < 1e-12 and one[1] == 0
 
 
 def test_kernel_distance_equals_the_double_sum():
     x, y = normal(7, 3, 0), normal(5, 3, 1) + 1
     k = lambda a, b: (float(a @ b) / 3 + 1) ** 3  # noqa: E731
-    expected = (
-        sum(k(x[i], x[j]) for i in range(7) for j in range(7) if i != j) / 42
-        + sum(k(y[i], y[j]) for i in range(5) for j in range(5) if i != j) / 20
-        - 2 * sum(k(a, b) for a in x for b in y) / 35
-    )
-    assert abs(metrics.kernel_distance(x, y) - expected) < 1e-9
-    assert abs(metrics.kernel_distance(x, y) - metrics.kernel_distance(x, y, block=2)) < 1e-9
+
+    def double_sum(x, y):
+        n, m = len(x), len(y)
+        return (
+            sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+            + sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+            - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
+        )
+
+    for n, m in ((7, 5), (2, 2), (2, 5)):
+        assert abs(metrics.kernel_distance(x[:n], y[:m]) - double_sum(x[:n], y[:m])) < 1e-9
+        assert abs(metrics.kernel_distance(x[:n], y[:m], block=2) - double_sum(x[:n], y[:m])) < 1e-9
     # Unbiased: over many pairs of samples of one distribution the mean is zero.
     same = [metrics.kernel_distance(normal(20, 3, 2 * s), normal(20, 3, 2 * s + 1)) for s in range(500)]
     assert abs(np.mean(same)) < 4 * np.std(same) / math.sqrt(500)
+
+
+def test_kernel_distance_of_subsets():
+    x, y = normal(200, 3, 0), normal(150, 3, 1) + 0.5
+    mean, std = metrics.kernel_distance_subsets(x, y)
+    assert std > 0 and abs(mean - metrics.kernel_distance(x, y)) < 4 * std / math.sqrt(100)
+    assert metrics.kernel_distance_subsets(x, y) == (mean, std) != metrics.kernel_distance_subsets(x, y, seed=1)
+    assert metrics.kernel_distance_subsets(x[:4], y[:4], subsets=3)[1] > 0
+    assert metrics.kernel_distance_subsets(x, y, subsets=50, size=20)[1] > std  # smaller subsets vary more
 
 
 def test_precision_recall_equal_their_definitions():
@@ -1231,8 +1394,71 @@ def test_precision_recall_equal_their_definitions():
     assert abs(scores["density"] - np.mean([sum(row) for row in in_real]) / k) < 1e-9
     assert abs(scores["coverage"] - np.mean(np.array(in_real).any(0))) < 1e-9
     assert metrics.precision_recall(real, fake, k, block=7) == scores
+    assert metrics.precision_recall(real + 1e3, fake + 1e3, k) == scores
     apart = metrics.precision_recall(real, fake + 100, k)
     assert apart == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
+
+
+def test_precision_recall_of_points_on_a_line():
+    point = lambda *x: torch.tensor(x, dtype=torch.float64)[:, None] + 1000.1  # noqa: E731
+    # Balls of k = 1 around 0, 1, 3, 10: [-1,1], [0,2], [1,5], [3,17]; around 0.5, 4, 30: [-3,4], [0.5,7.5], [4,56].
+    scores = metrics.precision_recall(point(0, 1, 3, 10), point(0.5, 4, 30), k=1)
+    assert scores == {"precision": 2 / 3, "recall": 1, "density": 4 / 3, "coverage": 1}
+    # Copies of a point are at no distance at all.
+    twins = point(0.3, 0.3, 0.3, 5.7)
+    assert metrics.precision_recall(twins, point(0.3, 0.3, 90), k=1)["precision"] == 2 / 3
+
+
+def test_laplacian_pyramid():
+    x = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    fine, rest = metrics.laplacian_pyramid(x)
+    assert fine.shape == (2, 3, 64, 48) and rest.shape == (2, 3, 32, 24)
+    taps, weights = np.array([-2, -1, 0, 1, 2]), np.array([1, 4, 6, 4, 1]) / 16
+    mirror = lambda i, n: n - 1 - abs(n - 1 - abs(i))  # noqa: E731, the edge itself is not repeated
+
+    def blurred(image, y, x):
+        height, width = image.shape
+        return sum(
+            weights[i] * weights[j] * image[mirror(y + taps[i], height), mirror(x + taps[j], width)]
+            for i in range(5)
+            for j in range(5)
+        )
+
+    image = x[1, 2].double().numpy()
+    for y, z in ((0, 0), (31, 23), (5, 0), (13, 7)):
+        assert abs(rest[1, 2, y, z] - blurred(image, 2 * y, 2 * z)) < 1e-5
+    spread = np.zeros((64, 48))
+    spread[::2, ::2] = 4 * rest[1, 2].numpy()
+    for y, z in ((0, 0), (63, 47), (10, 1), (33, 40)):
+        assert abs(fine[1, 2, y, z] - (image[y, z] - blurred(spread, y, z))) < 1e-5
+    flat = metrics.laplacian_pyramid(torch.full((1, 1, 64, 64), 7.0))
+    assert [tuple(band.shape[2:]) for band in flat] == [(64, 64), (32, 32), (16, 16)]
+    assert flat[0].abs().max() < 1e-5 and (flat[2] - 7).abs().max() < 1e-5
+
+
+def test_slice_distance_in_one_dimension():
+    """Patches of one value: all directions are that value's, up to its sign, and sorting matches the samples."""
+    a, b = normal(50, 1, 0).float()[..., None, None], normal(40, 1, 1).float()[..., None, None].exp()
+    b = torch.cat([b, b[:10]])
+    line = [np.sort(((x - x.mean()) / x.std()).flatten().numpy()) for x in (a, b)]
+    distance = metrics.slice_distance(a, b, torch.Generator().manual_seed(0))
+    assert abs(distance - 1000 * np.abs(line[0] - line[1]).mean()) < 1e-2
+
+
+def test_sliced_wasserstein():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(256, (40, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    more = torch.randint(256, (30, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    smooth = F.avg_pool2d(more.float(), 3, 1, 1).round().to(torch.uint8)
+    near, far = metrics.sliced_wasserstein(noise, more), metrics.sliced_wasserstein(noise, smooth)
+    assert list(near) == ["SWD", "SWD 32", "SWD 16"] and abs(near["SWD"] - (near["SWD 32"] + near["SWD 16"]) / 2) < 1e-9
+    assert near["SWD 32"] * 2 < far["SWD 32"]
+    assert metrics.sliced_wasserstein(noise, more) == near != metrics.sliced_wasserstein(noise, more, seed=1)
+    for other in (more[:, :, :16, :16], more[:, :1], more[:, :, :, :16]):
+        with pytest.raises(metrics.UserError, match="one size"):
+            metrics.sliced_wasserstein(noise, other)
+    with pytest.raises(metrics.UserError, match="16 x 16"):
+        metrics.sliced_wasserstein(noise[:, :, :8], more[:, :, :8])
 
 
 @pytest.mark.parametrize(
@@ -1241,9 +1467,18 @@ def test_precision_recall_equal_their_definitions():
         lambda: metrics.frechet_distance(normal(5, 3, 0), normal(5, 4, 0)),
         lambda: metrics.frechet_distance(normal(1, 3, 0), normal(5, 3, 0)),
         lambda: metrics.frechet_distance(normal(5, 3, 0) * math.nan, normal(5, 3, 0)),
-        lambda: metrics.inception_score(normal(5, 3, 0), splits=6),
+        lambda: metrics.frechet_distance(metrics.FeatureStats(3), normal(5, 3, 0)),
+        lambda: metrics.FeatureStats(3).update(normal(5, 4, 0)),
+        lambda: metrics.FeatureStats(3, {**MADE_BY, "resize": "clean"}).merge(metrics.FeatureStats(3, MADE_BY)),
+        lambda: metrics.frechet_infinity(normal(50, 3, 0), normal(19, 3, 0)),
+        lambda: metrics.frechet_interval(normal(50, 3, 0), normal(3, 3, 0)),
+        lambda: metrics.inception_score(normal(5, 3, 0), splits=0),
+        lambda: metrics.inception_score(normal(0, 3, 0)),
+        lambda: metrics.inception_score(normal(5, 3, 0) / 0),
         lambda: metrics.kernel_distance(normal(1, 3, 0), normal(5, 3, 0)),
+        lambda: metrics.kernel_distance_subsets(normal(3, 3, 0), normal(5, 3, 0)),
         lambda: metrics.precision_recall(normal(5, 3, 0), normal(5, 3, 0), k=5),
+        lambda: metrics.precision_recall(normal(5, 3, 0), normal(9, 3, 0), k=0),
     ],
 )
 def test_scores_refuse_what_they_cannot_do(call):
@@ -1251,39 +1486,402 @@ def test_scores_refuse_what_they_cannot_do(call):
         call()
 
 
-def test_command_line_scores_folders_sorted_by_class(tmp_path, extractor_file, capsys):
-    for i in range(20):  # in the order of their names, each split of the Inception Score would hold one kind
-        write_picture(torch.full((3, 8, 8), 255 * (i // 10), dtype=torch.uint8), tmp_path / f"{i:02d}.png")
-    argv = [str(tmp_path), str(tmp_path), "--extractor", str(extractor_file)]
-    assert metrics.main(argv) == 0
-    out = dict(line.split() for line in capsys.readouterr().out.replace("IS std", "IS-std").splitlines()[1:])
-    assert float(out["FD(tiny)"]) < 1e-6 and float(out["IS(tiny)"]) > 1.2
-    for wrong in (["--device", "tpu"], ["--extractor", "nowhere"]):
-        assert metrics.main(argv + wrong) == 2
-        assert capsys.readouterr().err.count("\n") == 1
-    (tmp_path / "99.png").write_text("no picture")
-    assert metrics.main(argv) == 2 and "99.png" in capsys.readouterr().err
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics: extractors
+
+
+MADE_BY = {"network": "n", "weights": "w", "resize": "tf1", "precision": "float32"}
 
 
 def test_program_takes_gray_uint8_and_any_batch(extractor_file):
     network = metrics.load_extractor(extractor_file)
-    images = torch.randint(256, (5, 1, 8, 12), dtype=torch.uint8)
-    features, logits = metrics.extract(network, images, batch=2)
-    assert features.shape == (5, 48) and logits.shape == (5, 5)
+    images = torch.randint(256, (19, 1, 8, 12), dtype=torch.uint8)
+    features, logits = metrics.extract(network, images)
+    assert features.shape == (19, 48) and logits.shape == (19, 5)
     assert torch.allclose(features, metrics.extract(network, images.expand(-1, 3, -1, -1).float() / 255)[0], atol=1e-6)
+    # Floats are rounded, not cut off, to the levels of a file: 0.999 is 255, as in a picture.
+    for value, level in ((0.999, 255), (0.4 / 255, 0), (0.6 / 255, 1), (99.5001 / 255, 100)):
+        assert torch.allclose(network(torch.full((1, 3, 8, 8), value))[0], torch.tensor(level / 255), atol=1e-6)
+    for wrong in (images.float(), images.float() / 127.5 - 1, images.int(), images.float() * math.nan):
+        with pytest.raises(metrics.UserError, match="0,1"):
+            network(wrong)
 
 
-def test_inception_from_a_file(tmp_path):
-    """The architecture and its loading, with random weights; its output is nobody's score."""
-    torch.manual_seed(0)
-    model = metrics.inception_v3(weights=None, init_weights=False, aux_logits=True)
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    network = metrics.load_extractor(tmp_path / "weights.pth")
-    images = torch.rand(2, 3, 32, 32)
-    features, logits = network(images)
-    assert features.shape == (2, 2048) and logits.shape == (2, 1000)
-    assert network.label("FID") == "FD(weights)"  # only torchvision's own weights make FID
-    model.transform_input = True  # torchvision's own path from normalized images
-    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    large = F.interpolate(images, (299, 299), mode="bilinear")
-    assert torch.allclose(model.eval()((large - mean) / std), logits, atol=1e-4)
+def test_program_with_features_alone(tmp_path, folder, capsys):
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return x.mean(dim=(2, 3))
+
+    dims = {0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")}
+    program = torch.export.export(Mean(), (torch.rand(3, 3, 16, 24),), dynamic_shapes=(dims,))
+    torch.export.save(program, tmp_path / "mean.pt2")
+    argv = [str(folder), str(folder), "--extractor", str(tmp_path / "mean.pt2")]
+    assert metrics.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "FD(mean)" in out and "KID(mean)" in out and "IS" not in out
+    assert "logits" in metrics_fail(capsys, *argv, "--metrics", "fid,is")
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """{1000: file, 1008: file} with random weights of Inception v3; the scores that come of them are nobody's."""
+    folder, files = tmp_path_factory.mktemp("inception"), {}
+    for classes in (1000, 1008):
+        torch.manual_seed(classes)
+        net = metrics.inception_v3(weights=None, init_weights=False, aux_logits=classes == 1000, num_classes=classes)
+        for m in net.modules():
+            if isinstance(m, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(m.weight)
+            elif isinstance(m, torch.nn.BatchNorm2d):
+                m.running_mean.normal_(0, 0.1)
+                m.running_var.uniform_(0.5, 1.5)
+                torch.nn.init.uniform_(m.weight, 0.5, 1.5)
+                torch.nn.init.normal_(m.bias, 0, 0.1)
+        files[classes] = folder / f"random-{classes}.pth"
+        torch.save(net.state_dict(), files[classes])
+    return files
+
+
+def reference_inception(file, classes, x, monkeypatch):
+    """Features and logits of x [N,3,299,299] by torchvision's forward pass, with TensorFlow's pools for 1,008."""
+    net = metrics.inception_v3(weights=None, init_weights=False, aux_logits=classes == 1000, num_classes=classes).eval()
+    net.load_state_dict(torch.load(file))
+    pooled = []
+    net.avgpool.register_forward_hook(lambda module, args, output: pooled.append(output.flatten(1)))
+    with monkeypatch.context() as patch, torch.no_grad():
+        if classes == 1008:
+            average, last = F.avg_pool2d, []
+            net.Mixed_7c.register_forward_pre_hook(lambda module, args: last.append(True))
+
+            def pool(x, kernel_size, stride, padding):
+                if last:
+                    return F.max_pool2d(x, kernel_size, stride, padding)
+                return average(x, kernel_size, stride, padding, count_include_pad=False)
+
+            patch.setattr(F, "avg_pool2d", pool)
+        logits = net(x)
+    return pooled[0], logits - net.fc.bias if classes == 1008 else logits
+
+
+@pytest.mark.parametrize("classes", [1000, 1008])
+def test_inception_is_torchvisions_and_tensorflows(classes, inception_weights, monkeypatch):
+    file = inception_weights[classes]
+    network = metrics.load_extractor(file)
+    images = torch.randint(256, (2, 3, 40, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x = metrics.for_inception(images.float(), "tf1" if classes == 1008 else "bilinear")
+    features, logits = reference_inception(file, classes, x, monkeypatch)
+    seen, said = network(images)
+    assert seen.shape == (2, 2048) and said.shape == (2, classes) and features.abs().mean() > 0.1
+    assert (seen - features).norm() < 1e-5 * features.norm() and (said - logits).norm() < 1e-5 * logits.norm()
+    assert not network.network.training and all(not m.training for m in network.network.modules())
+    resize = "tf1" if classes == 1008 else "bilinear"
+    assert {k: network.made_by[k] for k in ("resize", "precision")} == {"resize": resize, "precision": "float32"}
+    assert network.made_by["weights"] == hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    assert metrics.label("FID", network.made_by) == f"FD(random-{classes})"  # only published weights make FID
+    for weights in ("0cc3c7bd00000000", "6726825d00000000"):
+        assert metrics.label("FID", {**MADE_BY, "weights": weights}) == "FID"
+
+
+def test_inception_in_bfloat16(inception_weights):
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    full = metrics.load_extractor(inception_weights[1000], resize="clean")
+    half = metrics.load_extractor(inception_weights[1000], resize="clean", precision="bfloat16")
+    features, short = full(images)[0], half(images)[0]
+    assert short.dtype == torch.float32 and half.made_by == {**full.made_by, "precision": "bfloat16"}
+    assert 1e-4 < (short - features).norm() / features.norm() < 0.02
+
+
+@pytest.mark.parametrize("height,width", [(32, 48), (299, 299), (500, 301)])
+def test_resize_modes(height, width):
+    image = torch.randint(256, (3, height, width), generator=torch.Generator().manual_seed(0)).float()
+    resized = {mode: metrics.for_inception(image[None], mode)[0] for mode in metrics.RESIZES}
+    # clean-fid: Pillow's bicubic on floats, not rounded.
+    clean = [np.asarray(Image.fromarray(c.numpy()).resize((299, 299), Image.BICUBIC)).clip(0, 255) for c in image]
+    assert np.abs(resized["clean"].numpy() * 128 + 128 - np.stack(clean)).max() < 0.02
+    for mode in ("bilinear", "tf1"):  # pixel by pixel, from their definitions
+
+        def pixel(c, y, x):
+            places = []
+            for i, n in ((y, height), (x, width)):
+                at = (i + 0.5) * n / 299 - 0.5 if mode == "bilinear" else i * n / 299
+                at = min(max(at, 0), n - 1)
+                places.append((int(at), min(int(at) + 1, n - 1), at - int(at)))
+            (top, bottom, v), (left, right, u) = places
+            rows = [image[c, i, left] * (1 - u) + image[c, i, right] * u for i in (top, bottom)]
+            return rows[0] * (1 - v) + rows[1] * v
+
+        for c, y, x in ((0, 0, 0), (1, 298, 298), (2, 150, 7), (0, 77, 280)):
+            value = resized[mode][c, y, x]
+            value = value * 127.5 + 127.5 if mode == "bilinear" else value * 128 + 128
+            assert abs(value - pixel(c, y, x)) < 0.01
+
+
+@pytest.mark.parametrize(
+    "spec,options,hint",
+    [
+        ("tiny", {"resize": "clean"}, "fixes its own"),
+        ("tiny", {"precision": "bfloat16"}, "fixes its own"),
+        ("tiny", {"resize": "nearest"}, "one of bilinear"),
+        ("nowhere.pth", {}, "no extractor"),
+        ("cut.pt2", {}, "not whole"),
+        ("cut.pth", {}, "neither a .pt2"),
+        ("other.pth", {}, "neither a .pt2"),
+    ],
+)
+def test_extractors_refuse_what_they_are_not(spec, options, hint, tmp_path, extractor_file):
+    (tmp_path / "cut.pt2").write_bytes(extractor_file.read_bytes()[:1000])
+    (tmp_path / "cut.pth").write_bytes(b"no")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(metrics.UserError, match=hint):
+        metrics.load_extractor(extractor_file if spec == "tiny" else tmp_path / spec, **options)
+
+
+def test_measure_streams(extractor_file):
+    network = metrics.load_extractor(extractor_file)
+    images = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features, logits = metrics.extract(network, images)
+    done = []
+    summary = metrics.measure(network, images, keep=False, splits=3, seed=5, progress=lambda *x: done.append(x))
+    assert done[-1] == (50, 50) and [n for n, _ in done] == sorted(n for n, _ in done)
+    assert summary.n == 50 and summary.parts == []
+    assert metrics.frechet_distance(summary.stats, features) < 1e-12
+    assert np.allclose(summary.predictions.score(), metrics.inception_score(logits, 3, seed=5), atol=1e-12, rtol=0)
+    with pytest.raises(metrics.UserError, match="keep"):
+        metrics.compare(summary, summary, ["kid"])
+    kept = metrics.measure(network, images)
+    assert torch.equal(kept.features, features) and kept.index.tolist() == list(range(50))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics: the command
+
+
+def metrics_fail(capsys, *argv):
+    capsys.readouterr()
+    assert metrics.main([str(word) for word in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.err.startswith("metrics.py: error: "), captured.err
+    assert captured.out == ""
+    return captured.err
+
+
+def scores_of(capsys, *argv):
+    capsys.readouterr()
+    assert metrics.main([*(str(word) for word in argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_command_scores_folders_sorted_by_class(tmp_path, extractor_file, capsys):
+    for i in range(20):  # in the order of their names, each split of the Inception Score would hold one kind
+        write_picture(torch.full((3, 8, 8), 255 * (i // 10), dtype=torch.uint8), tmp_path / f"{i:02d}.png")
+    argv = [str(tmp_path), str(tmp_path), "--extractor", str(extractor_file)]
+    assert metrics.main(argv) == 0
+    out = capsys.readouterr().out
+    assert f"fake: {tmp_path}, 20 images" in out and "resize native, float32" in out and "20 images bias" in out
+    scores = dict(line.rsplit(maxsplit=1) for line in out.splitlines())
+    assert float(scores["FD(tiny)"]) < 1e-9 and float(scores["IS(tiny)"]) > 1.2 and scores["recall"] == "1"
+    result = scores_of(capsys, *argv)
+    checksum = hashlib.sha256(extractor_file.read_bytes()).hexdigest()[:16]
+    assert {k: v for k, v in result.items() if k not in ("notes", "scores")} == {
+        "real": str(tmp_path), "n_real": 20, "fake": str(tmp_path), "n_fake": 20, "saved": None,
+        "network": "tiny", "weights": checksum, "resize": "native", "precision": "float32",
+    }  # fmt: skip
+    assert abs(result["scores"]["IS(tiny)"] - float(scores["IS(tiny)"])) < 1e-5
+    one = scores_of(capsys, *argv, "--metrics", "is", "--splits", 1)["scores"]
+    assert one["IS std"] == 0 and one["IS(tiny)"] > result["scores"]["IS(tiny)"]
+
+
+def test_command_reads_arrays_and_saved_statistics(tmp_path, folder, extractor_file, capsys):
+    pictures = [pil_to_tensor(Image.open(file)) for file in sorted(folder.rglob("*.png"))]
+    images = torch.stack(pictures)
+    hwc = images.permute(0, 2, 3, 1).numpy()
+    np.save(tmp_path / "hwc.npy", hwc)
+    np.savez(tmp_path / "chw.npz", images=images.numpy())
+    np.savez(tmp_path / "first.npz", hwc)
+    np.save(tmp_path / "gray.npy", hwc[..., 0])
+    np.savez(tmp_path / "other.npz", images=hwc // 2)
+    use = ["--extractor", extractor_file]
+    real = scores_of(capsys, folder, "--out", tmp_path / "real.npz", *use)
+    assert real["scores"] == {} and real["n_real"] == 24 and "fake" not in real
+    expected = scores_of(capsys, folder, tmp_path / "other.npz", *use)["scores"]
+    assert expected["FD(tiny)"] > 0.1
+    for side in ("hwc.npy", "chw.npz", "first.npz"):
+        assert scores_of(capsys, tmp_path / side, tmp_path / "other.npz", *use)["scores"] == expected
+    saved = scores_of(capsys, tmp_path / "real.npz", tmp_path / "other.npz", *use)["scores"]
+    assert list(saved) == ["FD(tiny)", "IS(tiny)", "IS std"]
+    assert abs(saved["FD(tiny)"] - expected["FD(tiny)"]) < 1e-9
+    np.save(tmp_path / "spread.npy", np.repeat(hwc[..., :1], 3, axis=3))
+    gray = scores_of(capsys, tmp_path / "gray.npy", tmp_path / "spread.npy", *use)["scores"]
+    assert gray["FD(tiny)"] < 1e-9
+    # Statistics alone need no network.
+    assert metrics.main([str(tmp_path / "real.npz"), str(tmp_path / "real.npz")]) == 0
+    with np.load(tmp_path / "real.npz") as file:
+        np.savez(tmp_path / "foreign.npz", mu=file["mu"], sigma=file["sigma"])
+    result = scores_of(capsys, tmp_path / "foreign.npz", tmp_path / "other.npz", *use)
+    assert result["n_real"] is None and any("do not tell" in line for line in result["notes"])
+    assert abs(result["scores"]["FD(tiny)"] - expected["FD(tiny)"]) < 1e-9
+
+
+def test_command_scores_on_request(tmp_path, folder, extractor_file, capsys):
+    images = torch.stack([pil_to_tensor(Image.open(file)) for file in sorted(folder.rglob("*.png"))])
+    labels = torch.arange(3).repeat_interleave(8)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    np.savez(tmp_path / "fake.npz", images=images[order].numpy(), labels=labels[order].numpy())
+    names = "fid,fid-infinity,fid-interval,fid-classes,kid-subsets,swd"
+    use = ["--extractor", extractor_file, "--metrics", names]
+    result = scores_of(capsys, folder, tmp_path / "fake.npz", *use)
+    scores = result["scores"]
+    of_class = {k: v for k, v in scores.items() if "(8 and 8 images)" in k}  # labels count into the sorted class names
+    assert list(of_class) == [f"FD(tiny) of rose {c} (8 and 8 images)" for c in (1, 10, 9)]
+    assert all(0 <= value < 1e-9 for value in of_class.values()) and abs(scores["FD(tiny) class mean"]) < 1e-9
+    assert scores["FD(tiny) low"] <= scores["FD(tiny)"] <= scores["FD(tiny) high"]
+    assert {"FD(tiny) infinity", "KID(tiny) of subsets", "KID std", "SWD"} < set(scores)
+    assert result == scores_of(capsys, folder, tmp_path / "fake.npz", *use)
+    assert result != scores_of(capsys, folder, tmp_path / "fake.npz", *use, "--seed", 1)
+    # A score that needs no network loads none.
+    alone = scores_of(capsys, folder, tmp_path / "fake.npz", "--metrics", "swd", "--extractor", "nowhere")
+    assert alone["scores"] == {k: v for k, v in scores.items() if k.startswith("SWD")} and "network" not in alone
+
+
+def test_command_names_and_counts_unreadable_images(tmp_path, folder, extractor_file, capsys):
+    shutil.copytree(folder, tmp_path / "fake")
+    whole = scores_of(capsys, folder, tmp_path / "fake", "--extractor", extractor_file, "--metrics", "fid")
+    file = tmp_path / "fake/rose 1/0.png"
+    (tmp_path / "fake/rose 1/broken.png").write_bytes(file.read_bytes()[:100])
+    (tmp_path / "fake/rose 1/none.jpg").write_text("no picture")
+    Image.fromarray(np.full((9, 9), 40000, dtype=np.uint16)).save(tmp_path / "fake/rose 1/deep.png")
+    (tmp_path / "fake/rose 1/.hidden.png").write_text("what a file manager leaves")
+    names = "fid,swd,fid-classes"
+    result = scores_of(capsys, folder, tmp_path / "fake", "--extractor", extractor_file, "--metrics", names)
+    assert result["n_fake"] == 24 and result["scores"]["FD(tiny)"] == whole["scores"]["FD(tiny)"]
+    note = next(line for line in result["notes"] if "readable" in line)
+    assert "3 files" in note and all(f"{name} (" in note for name in ("broken.png", "none.jpg", "deep.png"))
+
+
+@pytest.mark.parametrize(
+    "argv,hint",
+    [
+        ("{folder}", "--out"),
+        ("{folder} --out {tmp}/stats.txt", "as .npz"),
+        ("{folder} {tmp}/nowhere", "no "),
+        ("{folder} {folder}/../nowhere.npz", "no "),
+        ("{folder} {tmp}/empty", "0 images"),
+        ("{folder} {tmp}/single", "1 images"),
+        ("{folder} {tmp}/spoilt --extractor {tiny}", "1 readable"),
+        ("{folder} {tmp}/floats.npy", "uint8"),
+        ("{folder} {tmp}/two.npy", "uint8"),
+        ("{folder} {tmp}/keys.npz", "holds neither"),
+        ("{folder} {tmp}/text.npz", "holds neither"),
+        ("{folder} {tmp}/labels.npz", "labels"),
+        ("{folder} {tmp}/wide.npz --extractor {tiny}", "dimensions"),
+        ("{tmp}/clean.npz {folder} --extractor {tiny}", "cannot be compared"),
+        ("{tmp}/clean.npz {tmp}/tf1.npz", "resize clean"),
+        ("{tmp}/clean.npz {folder} --metrics kid --extractor {tiny}", "kid needs features"),
+        ("{folder} {folder} --metrics fid,foo", "no score 'foo'"),
+        ("{folder} {tmp}/images.npy --metrics fid-classes --extractor {tiny}", "needs labels"),
+        ("{folder} {tmp}/strange.npz --metrics fid-classes --extractor {tiny}", "classes"),
+        ("{folder} {folder} --extractor {tmp}/nan.pt2", "finite"),
+        ("{folder} {folder} --device tpu", "device"),
+        ("{folder} {folder} --resize nearest", "--resize"),
+        ("{folder} {folder} --bogus", "--bogus"),
+        ("{folder} {folder} --splits 0 --extractor {tiny}", "splits"),
+    ],
+)
+def test_command_errors(argv, hint, tmp_path, folder, extractor_file, nan_extractor, capsys):
+    shutil.copy(nan_extractor, tmp_path / "nan.pt2")
+    for name, count in (("empty", 0), ("single", 1), ("spoilt", 1)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            write_picture(torch.zeros(3, 8, 8, dtype=torch.uint8), tmp_path / name / f"{i}.png")
+    (tmp_path / "spoilt/no.png").write_text("no picture")
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "floats.npy", images / 255)
+    np.save(tmp_path / "two.npy", images[..., :2])
+    np.savez(tmp_path / "keys.npz", pictures=images)
+    (tmp_path / "text.npz").write_text("no")
+    np.savez(tmp_path / "labels.npz", images=images, labels=np.zeros(3, int))
+    np.savez(tmp_path / "strange.npz", images=images, labels=np.array([0, 0, 7, 7]))
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(5), sigma=np.eye(5))
+    for resize in ("clean", "tf1"):
+        made_by = {**MADE_BY, "resize": resize}
+        metrics.FeatureStats(48, made_by).update(normal(60, 48, 0)).save(tmp_path / f"{resize}.npz")
+    before = sorted(tmp_path.rglob("*"))
+    words = [word.format(folder=folder, tmp=tmp_path, tiny=extractor_file) for word in argv.split()]
+    assert hint in metrics_fail(capsys, *words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture(scope="session")
+def nan_extractor(tmp_path_factory):
+    class Nan(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :4] / 0 - x.flatten(1)[:, :4] / 0
+
+    path = tmp_path_factory.mktemp("extractor") / "nan.pt2"
+    dims = {0: torch.export.Dim("n"), 2: torch.export.Dim("h", min=4), 3: torch.export.Dim("w", min=4)}
+    torch.export.save(torch.export.export(Nan(), (torch.rand(3, 3, 16, 24),), dynamic_shapes=(dims,)), path)
+    return path
+
+
+def test_command_tells_its_progress(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    for terminal, expected in ((False, "net: 40 of 100 images, 1:00 left\n"), (True, None)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+        now[0] = 0.0
+        progress = metrics.show_progress("net")
+        for seconds, done in ((0.1, 1), (40, 40), (41, 41), (100, 100)):
+            now[0] = seconds
+            progress(done, 100)
+        err = capsys.readouterr().err
+        if terminal:
+            assert err.startswith("\r\x1b[Knet: 40 of 100 images, 1:00 left\r\x1b[K") and err.endswith("0:00 left\n")
+        else:
+            assert err.startswith(expected) and err.count("\n") == 2
+
+
+def test_two_processes_score_as_one(tmp_path, folder, extractor_file, capsys):
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import json, sys, torch, torch.distributed as dist\n"
+        f"sys.path.insert(0, {str(HERE)!r})\n"
+        "import metrics\n"
+        "dist.init_process_group('gloo')\n"
+        "network = metrics.load_extractor(sys.argv[1])\n"
+        "for n in (25, 1):\n"
+        "    images = torch.randint(256, (n, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))\n"
+        "    whole = metrics.measure(network, images)\n"
+        "    assert torch.equal(whole.features, metrics.extract(network, images)[0])\n"
+        "    if n > 1:\n"
+        "        scores = metrics.compare(metrics.Summary.of(network, whole.features[:12]), whole)\n"
+        "        open(f'{sys.argv[2]}/{dist.get_rank()}.json', 'w').write(json.dumps(scores))\n"
+        "dist.destroy_process_group()\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*torchrun, script, extractor_file, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    network = metrics.load_extractor(extractor_file)
+    images = torch.randint(256, (25, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    whole = metrics.measure(network, images)
+    alone = metrics.compare(metrics.Summary.of(network, whole.features[:12]), whole)
+    assert alone.keys() == ranks[0].keys() and all(abs(ranks[0][k] - alone[k]) < 1e-9 for k in alone)
+
+    shutil.copytree(folder, tmp_path / "fake")
+    (tmp_path / "fake/rose 1/none.png").write_text("no picture")
+    argv = [
+        folder,
+        tmp_path / "fake",
+        "--extractor",
+        extractor_file,
+        "--metrics",
+        "fid,is,kid,prdc,swd,fid-classes",
+        "--json",
+    ]
+    done = subprocess.run([*torchrun, HERE / "metrics.py", *argv], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    both, one = json.loads(done.stdout), scores_of(capsys, *argv)
+    assert both["notes"] == one["notes"] and both["n_fake"] == one["n_fake"] == 24
+    assert all(abs(both["scores"][k] - one["scores"][k]) < 1e-9 for k in one["scores"])
