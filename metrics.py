@@ -308,7 +308,7 @@ class Arrays:
 
 
 def open_set(path):
-    """What a path holds: FeatureStats, Folder or Arrays. Raises UserError if it is none of them or less than 2 images."""
+    """What a path holds: FeatureStats, Folder or Arrays. Raises UserError for others and for less than 2 images."""
     path = Path(path)
     if path.suffix in (".npz", ".npy") and path.is_file():
         if path.suffix == ".npz" and zipfile.is_zipfile(path) and "mu.npy" in zipfile.ZipFile(path).namelist():
@@ -521,7 +521,7 @@ class FeatureStats:
 
 
 def check_same(a, b):
-    """Raises UserError unless two FeatureStats come from one network that saw images in one way, as far as they tell."""
+    """Raises UserError unless two FeatureStats come from one network and resize mode, as far as they tell."""
     check_alike(a.made_by, b.made_by)
     if a.dim != b.dim:
         raise UserError(f"features of {a.dim} and {b.dim} dimensions cannot be compared")
@@ -548,7 +548,7 @@ class PredictionStats:
         splits = min(splits, n)
         order = torch.arange(n) if seed is None else torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         self.split_of = torch.empty(n, dtype=torch.int64)
-        self.split_of[order] = torch.arange(n) * splits // n
+        self.split_of[order] = ((torch.arange(n) + 1) * splits - 1) // n  # cut as torch-fidelity cuts them
         self.count = torch.zeros(splits, dtype=torch.float64)
         self.entropy = torch.zeros(splits, dtype=torch.float64)  # summed over images
         self.sum_p = torch.zeros(splits, k, dtype=torch.float64)  # [splits,k]
@@ -701,8 +701,8 @@ def frechet_distance(a, b):
 def frechet_infinity(real, fake, sizes=15, seed=0):
     """The Frechet distance for infinitely many samples of the generator, a float (arXiv 1911.07023).
 
-    real: FeatureStats or features [n,d]; fake: features [m,d], m >= 20. The distances of random parts of fake, of `sizes`
-    sizes from m / 2 to m, are extrapolated along a line in 1 / size; it may be slightly negative.
+    real: FeatureStats or features [n,d]; fake: features [m,d], m >= 20. Distances of random parts of fake, from half
+    of it to all, are extrapolated along a line in 1 / size. It may be slightly negative.
     """
     real, fake = as_stats(real), rows(fake)
     if len(fake) < 20:
@@ -798,8 +798,8 @@ def kernel_distance_subsets(x, y, subsets=100, size=1000, seed=0):
 def precision_recall(real, fake, k=5, block=512):
     """Improved precision and recall (arXiv 1904.06991), density and coverage (2002.09797) of features [n,d], [m,d].
 
-    k: the neighbour that sets each closed ball's radius. Returns {"precision", "recall", "density", "coverage"}; all but
-    density lie in [0,1]. Raises UserError unless there are more than k samples of each, of one d.
+    k: the neighbour that sets each closed ball's radius. Returns {"precision", "recall", "density", "coverage"}; all
+    but density lie in [0,1]. Raises UserError unless there are more than k samples of each, of one d.
     """
     real, fake = same_width(real, fake)
     if not 1 <= k < min(len(real), len(fake)):
@@ -839,9 +839,9 @@ def same_width(x, y):
 
 
 def sliced_wasserstein(real, fake, seed=0):
-    """Sliced Wasserstein distances of patches (arXiv 1710.10196), times 1000: {"SWD": mean, "SWD 32": ..., "SWD 16": ...}.
+    """Sliced Wasserstein distances of patches (arXiv 1710.10196), times 1000: {"SWD": mean, "SWD 32": ...}.
 
-    No network is needed. real, fake: uint8 images [n,C,H,W], [m,C,H,W] of one size from 16 pixels, as tensors, Folder or
+    No network is needed. real, fake: uint8 images [n,C,H,W], [m,C,H,W] of one size from 16 pixels, tensors, Folder or
     Arrays. At each level of the Laplacian pyramid down to 16 pixels, patches of 7 x 7, 128 of an image but at most
     2^17 in all, are normalised by channel and compared along 512 random directions.
     """
