@@ -1267,6 +1267,7 @@ def evaluate(
             progress = metrics.show_progress(f"{network.name} on samples at trunc {trunc_name(trunc)}")
             fake = metrics.measure(network, generate(G, n, trunc, classes, seed), progress=progress)
             result["scores"].append({"trunc": trunc, "n": n, **metrics.compare(real, fake)})
+            result["note"] = "; ".join(metrics.remarks(real, fake))
     except metrics.WeightsMissing as error:
         result["note"] = str(error)
         result["scores"] = [{"trunc": trunc, "n": n, "FID": None, "IS": None, "IS std": None} for trunc in truncs]
@@ -1313,7 +1314,7 @@ def eval_command(args):
     result = evaluate(run, args.trunc, args.n, args.extractor, args.device, args.seed, args.data, args.data_dir)
     say(f"{run}: {result['network'] or 'no network'}, against the {result['n_real']} images of {result['data']}")
     print_table([{**row, "trunc": trunc_name(row["trunc"])} for row in result["scores"]])
-    if "note" in result:
+    if result.get("note"):
         print(result["note"], file=sys.stderr)
 
 

@@ -12,7 +12,6 @@ looks at its share of the images.
 
 import argparse
 import contextlib
-import glob
 import hashlib
 import itertools
 import json
@@ -74,8 +73,6 @@ class Extractor:
         return self.made_by["network"]
 
     @torch.no_grad()
-    # float32 means float32: cuDNN would take TF32, whose 10 bits move features by about 1e-3.
-    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def __call__(self, images):
         images = images.to(self.device)
         if images.is_floating_point():
@@ -85,7 +82,8 @@ class Extractor:
         elif images.dtype != torch.uint8:
             raise UserError(f"images must be uint8, or float in [0,1], not {images.dtype}")
         try:
-            outputs = self.network(images.expand(-1, 3, -1, -1).float() / 255)
+            with torch.autocast(self.device.type, enabled=False), without_tf32():
+                outputs = self.network(images.expand(-1, 3, -1, -1).float() / 255)
             features, logits = (outputs, None) if isinstance(outputs, torch.Tensor) else outputs
             for x in (features,) if logits is None else (features, logits):
                 if x.ndim != 2 or len(x) != len(images):
@@ -98,6 +96,23 @@ class Extractor:
                 f"{reason(error)}"
             )
         return features.float(), None if logits is None else logits.float()
+
+
+@contextlib.contextmanager
+def without_tf32():
+    """float32 means float32: by default, cuDNN takes TF32 for it, whose 10 bits move features by about 1e-3."""
+    if hasattr(torch.backends.cudnn, "conv"):  # torch 2.9 and later, which refuse to have the old names mixed in
+        places, name, off = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), "fp32_precision", "ieee"
+    else:
+        places, name, off = (torch.backends.cudnn, torch.backends.cuda.matmul), "allow_tf32", False
+    before = [getattr(place, name) for place in places]
+    try:
+        for place in places:
+            setattr(place, name, off)
+        yield
+    finally:
+        for place, value in zip(places, before):
+            setattr(place, name, value)
 
 
 def label(score, made_by):
@@ -186,20 +201,20 @@ def load_extractor(spec, device="cpu", resize=None, precision="float32"):
 
     "inception": Inception v3 with torchvision's ImageNet weights, found where torchvision keeps them or downloaded.
     A path to a .pt2 file: a torch.export program, images [N,3,H,W] in [0,1] -> features or (features, logits), which
-    sees images in their own size. Another path: a state_dict of Inception v3, torchvision's (fc.weight of 1,000 rows)
-    or the TensorFlow network's (1,008 rows).
+    sees images in their own size; it must have been exported in eval mode. Another path: a state_dict of Inception v3,
+    torchvision's (fc.weight of 1,000 rows) or the TensorFlow network's (1,008 rows).
     resize: one of RESIZES, by default tf1 for the TensorFlow network and bilinear for torchvision's. precision: float32
     or bfloat16, which is faster and moves Inception's features by about 0.5%.
     Raises WeightsMissing if "inception" cannot be had, UserError for a file that does not fit.
     """
     if resize not in (None, *RESIZES) or precision not in PRECISIONS:
         raise UserError(f"resize must be one of {', '.join(RESIZES)} and precision one of {', '.join(PRECISIONS)}")
-    path = Path(spec)
+    path, state_dict = Path(spec), None
     if spec == "inception":
         weights = Inception_V3_Weights.IMAGENET1K_V1
         path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
         try:
-            weights.get_state_dict(progress=False, check_hash=True)  # downloads them if they are not there
+            state_dict = weights.get_state_dict(progress=False, check_hash=True)  # downloaded if it is not there
         except Exception as error:  # no network, a file cut off or of another kind, a full disk
             raise WeightsMissing(
                 f"no Inception weights ({reason(error)}): put {path.name} into {path.parent}, or name a weights file "
@@ -216,7 +231,7 @@ def load_extractor(spec, device="cpu", resize=None, precision="float32"):
                 raise ValueError("it is not whole")
             program = move_to_device_pass(torch.export.load(path), str(device))
             return Extractor(program.module(), path.stem, checksum, device)
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        state_dict = state_dict or torch.load(path, map_location="cpu", weights_only=True)
         resize = resize or ("tf1" if len(state_dict["fc.weight"]) == 1008 else "bilinear")
         network = Inception(state_dict, resize, PRECISIONS[precision]).to(device).eval()
         return Extractor(network, INCEPTION.get(checksum[:8], path.stem), checksum, device, resize, precision)
@@ -236,22 +251,22 @@ def load_extractor(spec, device="cpu", resize=None, precision="float32"):
 class Folder:
     """The images below a folder, as a sequence of uint8 [3,H,W]; None stands for one that cannot be read.
 
-    labels: the index of each image's class among `classes`, the folder's sub-folders; both None if an image lies beside
-    them. skipped: the files that were found unreadable so far, with the reasons.
+    Hidden files are left out, and links to folders are not followed. labels: the index of each image's class among
+    `classes`, the folder's sub-folders; both None if an image lies beside them. skipped: the files that were found
+    unreadable so far, with the reasons.
     """
 
     def __init__(self, path):
         self.path, self.skipped = Path(path), []
         self.files = sorted(
-            file
-            for file in glob.glob("**/*", root_dir=path, recursive=True)
-            if file.lower().endswith(IMG_EXTENSIONS) and (self.path / file).is_file()
+            file.relative_to(path)
+            for file in self.path.rglob("[!.]*")
+            if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()
         )
         self.classes = self.labels = None
-        if all(Path(file).parent.name for file in self.files):
-            class_of = [Path(file).parts[0] for file in self.files]
-            self.classes = sorted(set(class_of))
-            self.labels = torch.tensor([self.classes.index(name) for name in class_of])
+        if all(len(file.parts) > 1 for file in self.files):
+            self.classes = sorted({file.parts[0] for file in self.files})
+            self.labels = torch.tensor([self.classes.index(file.parts[0]) for file in self.files])
 
     def __len__(self):
         return len(self.files)
@@ -311,8 +326,10 @@ def open_set(path):
     """What a path holds: FeatureStats, Folder or Arrays. Raises UserError for others and for less than 2 images."""
     path = Path(path)
     if path.suffix in (".npz", ".npy") and path.is_file():
-        if path.suffix == ".npz" and zipfile.is_zipfile(path) and "mu.npy" in zipfile.ZipFile(path).namelist():
-            return FeatureStats.load(path)
+        if path.suffix == ".npz":
+            with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile), np.load(path) as content:
+                if "mu" in content:
+                    return FeatureStats.load(path)
         images = Arrays(path)
     elif path.is_dir():
         images = Folder(path)
@@ -328,7 +345,8 @@ def batches(images, size, indices):
 
     images: a tensor [N,C,H,W], a Folder or Arrays. Images that cannot be read are left out.
     """
-    chunks = [indices[i : i + 4 * size] for i in range(0, len(indices), 4 * size)]
+    at_once = max(size, 32)  # images of all shapes
+    chunks = [indices[i : i + at_once] for i in range(0, len(indices), at_once)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ahead = pool.map(images.__getitem__, chunks[0]) if chunks else ()
         for k, chunk in enumerate(chunks):
@@ -363,11 +381,17 @@ def rank():
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def gather(part):
-    """The parts of all processes, in the order of their ranks."""
+def gather(work):
+    """What work() returns in each process, in the order of their ranks; a UserError in one of them is raised in all."""
+    try:
+        part = work()
+    except UserError as error:
+        part = error
     parts = [part] * world_size()
     if len(parts) > 1:
         dist.all_gather_object(parts, part)
+    if errors := [part for part in parts if isinstance(part, UserError)]:
+        raise errors[0]
     return parts
 
 
@@ -376,7 +400,7 @@ def extract(extractor, images, progress=None):
 
     Images that cannot be read are left out. Under torch.distributed each process looks at its share and all get all.
     """
-    seen = list(itertools.chain(*gather(list(observe(extractor, images, progress)))))
+    seen = list(itertools.chain(*gather(lambda: list(observe(extractor, images, progress)))))
     if not seen:
         raise UserError("no readable image")
     index, features, logits = zip(*seen)
@@ -412,8 +436,8 @@ def rows(x):
 class FeatureStats:
     """Mean and covariance of features [n,dim] gathered part by part, in float64 and in constant memory.
 
-    n: samples, or None where a file does not tell. mean [dim]. root [r,dim], r <= min(n,dim): root^T root = cov, the
-    covariance [dim,dim], divided by n - 1. made_by: see Extractor; empty where unknown. Order and parts do not matter.
+    n: samples, or None where a file does not tell. mean [dim]. cov [dim,dim], divided by n - 1. factor [r,dim], r <= dim:
+    factor^T factor = cov. made_by: see Extractor; empty where unknown. The order and the parts do not matter.
     """
 
     # What is kept is a factor R of the scatter matrix: R^T R = sum of (x - mean)(x - mean)^T. Up to dim samples, R is
@@ -424,7 +448,7 @@ class FeatureStats:
     def __init__(self, dim, made_by=None):
         self.dim, self.made_by = dim, made_by or {}
         self._n, self._mean = 0, torch.zeros(dim, dtype=torch.float64)
-        self._factor = torch.zeros(0, dim, dtype=torch.float64)
+        self._scatter_factor = torch.zeros(0, dim, dtype=torch.float64)
         self._pending = []  # features not yet in the factor
 
     def update(self, features):
@@ -440,11 +464,9 @@ class FeatureStats:
     def merge(self, other):
         """Adds what another FeatureStats has gathered; returns self. Raises UserError unless both were made alike."""
         check_same(self, other)
-        other._fold()
-        self._fold()
-        if None in (self._n, other._n):
-            raise UserError("statistics that do not tell their number of samples cannot be merged")
-        self._add(other._n, other._mean, other._factor)
+        if self.n == 0:
+            self.made_by = self.made_by or other.made_by
+        self._add(other.n, other.mean, other._scatter_factor)
         return self
 
     def _fold(self):
@@ -456,12 +478,14 @@ class FeatureStats:
 
     def _add(self, n, mean, factor):
         """The pairwise update of Chan, Golub and LeVeque (1979); the step between the means is one more row."""
+        if None in (n, self._n):
+            raise UserError("statistics that do not tell their number of samples cannot be added to")
         if n == 0:
             return
         total, step = self._n + n, mean - self._mean
         if self._n:
-            factor = torch.cat([self._factor, factor, step[None] * math.sqrt(self._n * n / total)])
-        self._factor = torch.linalg.qr(factor, mode="r").R if len(factor) > self.dim else factor
+            factor = torch.cat([self._scatter_factor, factor, step[None] * math.sqrt(self._n * n / total)])
+        self._scatter_factor = torch.linalg.qr(factor, mode="r").R if len(factor) > self.dim else factor
         self._mean = self._mean + step * (n / total)
         self._n = total
 
@@ -476,23 +500,23 @@ class FeatureStats:
         return self._mean
 
     @property
-    def root(self):
+    def factor(self):
         if self.n is None:
-            return self._factor
+            return self._scatter_factor
         if self.n < 2:
             raise UserError(f"a covariance needs at least 2 samples, not {self.n}")
-        return self._factor / math.sqrt(self.n - 1)
+        return self._scatter_factor / math.sqrt(self.n - 1)
 
     @property
     def cov(self):
-        return self.root.T @ self.root
+        return self.factor.T @ self.factor
 
     @classmethod
     def from_moments(cls, mean, cov, n=None, made_by=None):
         """Statistics of a given mean [dim] and covariance [dim,dim]. Raises UserError if they are none."""
-        mean, cov = torch.as_tensor(mean).double(), rows(cov)
-        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not mean.isfinite().all():
-            raise UserError(f"a mean of {list(mean.shape)} and a covariance of {list(cov.shape)} do not go together")
+        mean, cov = rows(torch.as_tensor(mean)[None])[0], rows(cov)
+        if cov.shape != (len(mean), len(mean)):
+            raise UserError(f"a mean of {len(mean)} and a covariance of {list(cov.shape)} do not go together")
         values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
         # Rounding leaves eigenvalues of this size, of either sign, where there should be none. Their roots would count.
         rounding = values.abs().max() * len(mean) * torch.finfo(torch.float64).eps
@@ -501,7 +525,7 @@ class FeatureStats:
         kept = values > rounding
         stats = cls(len(mean), made_by)
         stats._n, stats._mean = n, mean
-        stats._factor = (vectors[:, kept] * (values[kept] * (1 if n is None else n - 1)).sqrt()).T
+        stats._scatter_factor = (vectors[:, kept] * (values[kept] * (1 if n is None else n - 1)).sqrt()).T
         return stats
 
     def save(self, npz):
@@ -513,7 +537,8 @@ class FeatureStats:
         """What `save` wrote, or another tool's mu and sigma. Raises UserError for another file."""
         try:
             with np.load(npz) as file:
-                made_by = {k: str(file[k]) for k in ("network", "weights", "resize", "precision") if k in file}
+                told = [k for k in ("network", "weights", "resize", "precision") if k in file]
+                made_by = {k: str(file[k]) for k in told} if len(told) == 4 else None
                 n = int(file["n"]) if "n" in file else None
                 return cls.from_moments(file["mu"], file["sigma"], n, made_by)
         except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
@@ -528,7 +553,7 @@ def check_same(a, b):
 
 
 def check_alike(a, b):
-    if a and b and a != b:
+    if a and b and a | {"network": None} != b | {"network": None}:  # the weights tell more than a file's name
         raise UserError(f"statistics by {describe(a)} and features by {describe(b)} cannot be compared")
 
 
@@ -571,10 +596,9 @@ class PredictionStats:
 
     def score(self):
         """exp of (entropy of the mean prediction - mean entropy of predictions): mean and deviation over the splits."""
-        some = self.count > 0  # a split may have lost all of its images as unreadable
-        count = self.count[some]
-        information = torch.special.entr(self.sum_p[some] / count[:, None]).sum(dim=1) - self.entropy[some] / count
-        scores = information.exp()
+        nonempty = self.count > 0  # a split may have lost all of its images as unreadable
+        count, entropy, sum_p = self.count[nonempty], self.entropy[nonempty], self.sum_p[nonempty]
+        scores = (torch.special.entr(sum_p / count[:, None]).sum(dim=1) - entropy / count).exp()
         return scores.mean().item(), scores.std(correction=0).item()
 
 
@@ -630,14 +654,18 @@ def measure(extractor, images, keep=True, splits=10, seed=0, progress=None):
     keep: whether to keep features, 4 d bytes an image; without them, the Frechet distance and IS can still be had.
     splits, seed: of the Inception Score. Under torch.distributed each process looks at its share and all get the whole.
     """
-    summary = None
-    for index, features, logits in observe(extractor, images, progress):
-        if summary is None:
-            stats = FeatureStats(features.shape[1], extractor.made_by)
-            places = None if logits is None else PredictionStats(len(images), logits.shape[1], splits, seed)
-            summary = Summary(stats, places)
-        summary.update(index, features, logits, keep)
-    whole, *others = [part for part in gather(summary) if part] or [None]
+
+    def look():
+        summary = None
+        for index, features, logits in observe(extractor, images, progress):
+            if summary is None:
+                stats = FeatureStats(features.shape[1], extractor.made_by)
+                sums = None if logits is None else PredictionStats(len(images), logits.shape[1], splits, seed)
+                summary = Summary(stats, sums)
+            summary.update(index, features, logits, keep)
+        return summary
+
+    whole, *others = [part for part in gather(look) if part] or [None]
     if whole is None:
         raise UserError("no readable image")
     for other in others:
@@ -686,7 +714,7 @@ def frechet_distance(a, b):
     # (0.24 s against 0.85 s at d = 2048), but rounding hides values below 1e-8 of the largest, and they add up.
     a, b = as_stats(a), as_stats(b)
     check_same(a, b)
-    X, Y = a.root, b.root
+    X, Y = a.factor, b.factor
     spread = X.square().sum() + Y.square().sum()
     distance = spread - 2 * torch.linalg.svdvals(X @ Y.T).sum()
     if distance < 1e-5 * spread:
@@ -725,13 +753,13 @@ def frechet_interval(real, fake, level=0.95, resamples=100, seed=0):
     # replacement holds, lower the rank: simulated at d = 200, it is 4.7 times too wide for 100 samples and 2.2 times
     # for 1,000; halves are 1.2 and 1.4 times too wide. The bias of both is taken away by centring.
     real, fake = as_stats(real), rows(fake)
-    if len(fake) < 4:
-        raise UserError(f"an interval needs at least 4 samples, not {len(fake)}")
+    if len(fake) < 4 or resamples < 2 or not 0 < level < 1:
+        raise UserError(f"no interval of level {level} from {len(fake)} samples (at least 4) and {resamples} resamples")
     generator = torch.Generator().manual_seed(seed)
     halves = [torch.randperm(len(fake), generator=generator)[: len(fake) // 2] for _ in range(resamples)]
     distances = np.array([frechet_distance(real, fake[half]) for half in halves])
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    return tuple((frechet_distance(real, fake) + np.quantile(distances - distances.mean(), tails)).tolist())
+    spread = np.quantile(distances - distances.mean(), [(1 - level) / 2, (1 + level) / 2])
+    return tuple((frechet_distance(real, fake) + spread).clip(min=0).tolist())
 
 
 def frechet_by_class(real, real_labels, fake, fake_labels):
@@ -741,6 +769,8 @@ def frechet_by_class(real, real_labels, fake, fake_labels):
     samples on a side.
     """
     real, fake, real_labels, fake_labels = rows(real), rows(fake), np.asarray(real_labels), np.asarray(fake_labels)
+    if (len(real), len(fake)) != (len(real_labels), len(fake_labels)):
+        raise UserError(f"{len(real_labels)} and {len(fake_labels)} labels for {len(real)} and {len(fake)} samples")
     result = {}
     for c in np.union1d(real_labels, fake_labels).tolist():
         in_real, in_fake = real[real_labels == c], fake[fake_labels == c]
@@ -785,8 +815,8 @@ def kernel_distance_subsets(x, y, subsets=100, size=1000, seed=0):
     """
     x, y = same_width(x, y)
     size = min(size, len(x) // 2, len(y) // 2)
-    if size < 2:
-        raise UserError(f"subsets need at least 4 samples, not {min(len(x), len(y))}")
+    if size < 2 or subsets < 1:
+        raise UserError(f"no {subsets} subsets of 2 or more in half of {min(len(x), len(y))} samples")
     generator = torch.Generator().manual_seed(seed)
     distances = [
         kernel_distance(*(z[torch.randperm(len(z), generator=generator)[:size]] for z in (x, y)))
@@ -813,7 +843,8 @@ def precision_recall(real, fake, k=5, block=512):
         return torch.where(d > 1e-12 * scale, d, 0)
 
     def radii(x):  # distance to the k-th neighbour; the point itself is the nearest of all
-        return torch.cat([distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(block)])
+        radius = torch.cat([distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(block)])
+        return radius * (1 + 1e-9)  # a copy of that neighbour on the other side lies in the ball, however it is rounded
 
     real_radii, fake_radii = radii(real), radii(fake)
     in_real, recalled, covered = 0, [], []
@@ -845,23 +876,23 @@ def sliced_wasserstein(real, fake, seed=0):
     Arrays. At each level of the Laplacian pyramid down to 16 pixels, patches of 7 x 7, 128 of an image but at most
     2^17 in all, are normalised by channel and compared along 512 random directions.
     """
-    generator = torch.Generator().manual_seed(seed)
-    real, fake = (laplacian_patches(images, generator) for images in (real, fake))
+    real, fake = (laplacian_patches(images, torch.Generator().manual_seed(seed)) for images in (real, fake))
     if [(size, x.shape[1]) for size, x in real.items()] != [(size, x.shape[1]) for size, x in fake.items()]:
         raise UserError("SWD needs images of one size and kind on both sides")
-    levels = {size: slice_distance(real[size], fake[size], generator) for size in real}
-    return {"SWD": float(np.mean(list(levels.values())))} | {f"SWD {size}": value for size, value in levels.items()}
+    generator = torch.Generator().manual_seed(seed)
+    levels = {f"SWD {size}": slice_distance(real[size], fake[size], generator) for size in real}
+    return {"SWD": sum(levels.values()) / len(levels)} | levels
 
 
 def laplacian_patches(images, generator, size=7, per_image=128, most=2**17):
     """{level's height, or HxW: patches [P,C,size,size]} from random places in images [n,C,H,W]."""
-    per_image = max(1, min(per_image, most // len(images)))
-    levels, shape = {}, None
+    per_image = max(1, min(per_image, most // max(1, len(images))))
+    levels, shape, count = {}, None, 0
     for _, batch in batches(images, 64, torch.randperm(len(images), generator=generator)[:most].tolist()):
         if shape not in (None, batch.shape[1:]) or min(batch.shape[2:]) < 16:
             raise UserError("SWD needs images of one size, at least 16 x 16")
-        shape = batch.shape[1:]
-        for level in laplacian_pyramid(batch.float()):
+        shape, count = batch.shape[1:], count + len(batch)
+        for level in laplacian_pyramid(batch.cpu().float()):
             n, _, height, width = level.shape
             y, x = (
                 torch.randint(side - size + 1, (n, per_image, 1), generator=generator) + torch.arange(size)
@@ -870,6 +901,8 @@ def laplacian_patches(images, generator, size=7, per_image=128, most=2**17):
             cut = level.permute(0, 2, 3, 1)[torch.arange(n)[:, None, None, None], y[..., None], x[:, :, None]]
             name = str(height) if height == width else f"{height}x{width}"
             levels.setdefault(name, []).append(cut.flatten(0, 1).permute(0, 3, 1, 2))  # of [n,per_image,size,size,C]
+    if count < 2:
+        raise UserError(f"SWD needs at least 2 readable images, not {count}")
     return {name: torch.cat(parts) for name, parts in levels.items()}
 
 
@@ -905,7 +938,7 @@ def slice_distance(a, b, generator, directions=512, at_once=128):
         lines = F.normalize(torch.randn(a[0].numel(), at_once, generator=generator), dim=0)
         # NumPy sorts several times faster here.
         sorted_a, sorted_b = (np.sort((x.flatten(1) @ lines).T.contiguous().numpy(), axis=1) for x in (a, b))
-        total += np.abs(sorted_a - sorted_b).mean(dtype=np.float64) * at_once
+        total += np.abs(sorted_a - sorted_b).mean(dtype=np.float64).item() * at_once
     return 1000 * total / directions
 
 
@@ -921,6 +954,8 @@ SCORES = {  # name: (what it is, what it needs of the real side, of the fake sid
     "fid-classes": ("Frechet distance within each class", "labels", "labels"),
 }
 DEFAULT = ("fid", "is", "kid", "prdc")
+NEIGHBOUR = 5  # that sets the radius in prdc
+SUBSET = 1000  # images in kid-subsets
 
 
 def compare(real, fake, names=None, seed=0, labels=None):
@@ -931,6 +966,8 @@ def compare(real, fake, names=None, seed=0, labels=None):
     UserError if the two were not made alike or a score cannot be had.
     """
     names = names or [name for name in DEFAULT if name != "is" or fake.predictions]
+    if unknown := [name for name in names if name not in SCORES or name == "swd"]:
+        raise UserError(f"no score {unknown[0]!r} of two summaries")
     check_same(real.stats, fake.stats)
     made_by = real.stats.made_by or fake.stats.made_by
     fid, kid = label("FID", made_by), label("KID", made_by)
@@ -953,8 +990,10 @@ def compare(real, fake, names=None, seed=0, labels=None):
         mean, std = kernel_distance_subsets(real.features, fake.features, seed=seed)
         scores |= {f"{kid} of subsets": mean, "KID std": std}
     if "prdc" in names:
-        scores |= precision_recall(real.features, fake.features, min(5, real.n - 1, fake.n - 1))
+        scores |= precision_recall(real.features, fake.features, min(NEIGHBOUR, real.n - 1, fake.n - 1))
     if "fid-classes" in names:
+        if labels is None:
+            raise UserError("fid-classes needs labels of both sides")
         by_class = frechet_by_class(real.features, labels[0], fake.features, labels[1])
         scores[f"{fid} class mean"] = float(np.mean([distance for distance, _, _ in by_class.values()]))
         for c, (distance, n_real, n_fake) in by_class.items():
@@ -962,8 +1001,8 @@ def compare(real, fake, names=None, seed=0, labels=None):
     return scores
 
 
-def remarks(real, fake, names):
-    """What a reader of the scores must know to compare them, as lines."""
+def remarks(real, fake, names=DEFAULT):
+    """What a reader of the scores of two Summaries must know to compare them, as lines."""
     lines, few = [], min(real.n or 2048, fake.n or 2048)
     if few < 2048 and any(name.startswith("fid") for name in names):
         singular = ", and a covariance of so few is singular" if few <= real.stats.dim else ""
@@ -973,6 +1012,10 @@ def remarks(real, fake, names):
         )
     if "fid-classes" in names and few < 2048:
         lines.append("the distances within classes rest on still fewer images and are biased further")
+    if "prdc" in names and few <= NEIGHBOUR:
+        lines.append(f"precision, recall, density and coverage take neighbour {few - 1}, not {NEIGHBOUR}")
+    if "kid-subsets" in names and few < 2 * SUBSET:
+        lines.append(f"the subsets of KID are of {few // 2} images, not {SUBSET:,}")
     if not (real.stats.made_by and fake.stats.made_by):
         lines.append("some statistics do not tell what made them: see that it was the same network and resize mode")
     return lines
@@ -985,6 +1028,12 @@ def remarks(real, fake, names):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
+
+
+def natural(text):
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to {2**32 - 1}, not {text}")
+    return int(text)
 
 
 def make_parser():
@@ -1005,8 +1054,8 @@ def make_parser():
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of Inception (float32)")
     parser.add_argument("--metrics", help=f"scores, with commas ({','.join(DEFAULT)}, as far as they can be had)")
-    parser.add_argument("--splits", type=int, default=10, help="of the Inception Score (10)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (0)")
+    parser.add_argument("--splits", type=natural, default=10, help="of the Inception Score (10)")
+    parser.add_argument("--seed", type=natural, default=0, help="of all that is drawn (0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", help=".npz for the statistics of REAL")
     parser.add_argument(
@@ -1095,8 +1144,10 @@ def run(args):
     """What the command line asks for, as a dict: what made the scores, remarks, and the scores. Writes --out."""
     if not args.fake and not args.out:
         raise UserError("give FAKE too, or --out to save the statistics of REAL")
-    if args.out and Path(args.out).suffix != ".npz":
-        raise UserError(f"--out {args.out}: statistics are saved as .npz")
+    if args.metrics and not args.fake:
+        raise UserError("--metrics needs FAKE")
+    if args.out and not (Path(args.out).suffix == ".npz" and Path(args.out).absolute().parent.is_dir()):
+        raise UserError(f"--out {args.out}: give an .npz in a folder that exists")
     paths = [path for path in (args.real, args.fake) if path]
     contents = [open_set(path) for path in paths]
     names = choose_scores(args.metrics, paths, contents) if args.fake else []
@@ -1116,7 +1167,7 @@ def run(args):
         scores |= sliced_wasserstein(*contents, args.seed)
     result = {}
     for side, path, content, summary in zip(("real", "fake"), paths, contents, summaries or contents):
-        skipped = sorted(set(itertools.chain(*gather(getattr(content, "skipped", [])))))
+        skipped = sorted(set(itertools.chain(*gather(lambda: getattr(content, "skipped", [])))))
         if skipped:
             some = ", ".join(skipped[:10]) + (f" and {len(skipped) - 10} more" if len(skipped) > 10 else "")
             lines.append(f"{path}: {len(skipped)} files are no readable images and were left out: {some}")
@@ -1145,7 +1196,7 @@ def main(argv=None):
     """Runs a command line; returns its exit status: 0, or 2 after one line on stderr about what cannot be done."""
     try:
         args = make_parser().parse_args(argv)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+        if dist.is_available() and dist.is_torchelastic_launched():  # by torchrun
             dist.init_process_group("gloo")
             args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
         try:
@@ -1156,12 +1207,16 @@ def main(argv=None):
         if rank() == 0:
             print(json.dumps(result, indent=2)) if args.json else show_result(result)
         return 0
+    except torch.OutOfMemoryError:
+        message = "out of memory: the images may be too large for this device"
     except (UserError, OSError) as error:
-        print(f"metrics.py: error: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
     finally:
-        if world_size() > 1:
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+    if os.environ.get("RANK", "0") == "0":
+        print(f"metrics.py: error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1171,7 +1171,7 @@ def test_stats_equal_numpy_in_any_parts(tmp_path):
         assert s.n == 3000
         assert np.abs(s.mean.numpy() - x.numpy().mean(0)).max() < 1e-9
         assert np.abs(s.cov.numpy() - np.cov(x.numpy(), rowvar=False)).max() < 1e-9
-    assert sum(map(len, stats._pending)) + len(stats._factor) <= 1024 + 7  # nothing that grows with n
+    assert sum(map(len, stats._pending)) + len(stats.factor) <= 1024 + 7  # nothing that grows with n
 
 
 def test_stats_keep_what_they_were_given():
@@ -1190,8 +1190,11 @@ def test_stats_files_are_those_of_pytorch_fid(tmp_path):
     y = normal(9, 4, 1)
     assert abs(metrics.frechet_distance(theirs, y) - metrics.frechet_distance(x, y)) < 1e-9
     assert theirs.n is None and theirs.made_by == {}
-    with pytest.raises(metrics.UserError, match="number of samples"):
-        metrics.FeatureStats(4).update(y).merge(theirs)
+    for add in (lambda: metrics.FeatureStats(4).update(y).merge(theirs), lambda: theirs.update(y).mean):
+        with pytest.raises(metrics.UserError, match="number of samples"):
+            add()
+    np.savez(tmp_path / "part.npz", mu=mu, sigma=sigma, weights="w")  # what does not tell all tells nothing
+    assert metrics.FeatureStats.load(tmp_path / "part.npz").made_by == {}
     metrics.FeatureStats(4, {"network": "n", "weights": "w", "resize": "r", "precision": "p"}).update(x).save(
         tmp_path / "ours.npz"
     )
@@ -1406,6 +1409,10 @@ def test_precision_recall_of_points_on_a_line():
     # Balls of k = 1 around 0, 1, 3, 10: [-1,1], [0,2], [1,5], [3,17]; around 0.5, 4, 30: [-3,4], [0.5,7.5], [4,56].
     scores = metrics.precision_recall(point(0, 1, 3, 10), point(0.5, 4, 30), k=1)
     assert scores == {"precision": 2 / 3, "recall": 1, "density": 4 / 3, "coverage": 1}
+    # Copies of a neighbour lie on the ball, wherever they stand in the other set.
+    x = normal(300, 200, 0) + 3
+    scores = metrics.precision_recall(x, x.flip(0))
+    assert scores == {"precision": 1, "recall": 1, "density": 1.2, "coverage": 1}
     # Copies of a point are at no distance at all.
     twins = point(0.3, 0.3, 0.3, 5.7)
     assert metrics.precision_recall(twins, point(0.3, 0.3, 90), k=1)["precision"] == 2 / 3
@@ -1455,6 +1462,7 @@ def test_sliced_wasserstein():
     near, far = metrics.sliced_wasserstein(noise, more), metrics.sliced_wasserstein(noise, smooth)
     assert list(near) == ["SWD", "SWD 32", "SWD 16"] and abs(near["SWD"] - (near["SWD 32"] + near["SWD 16"]) / 2) < 1e-9
     assert near["SWD 32"] * 2 < far["SWD 32"]
+    assert metrics.sliced_wasserstein(noise, noise)["SWD"] < 1e-3
     assert metrics.sliced_wasserstein(noise, more) == near != metrics.sliced_wasserstein(noise, more, seed=1)
     for other in (more[:, :, :16, :16], more[:, :1], more[:, :, :, :16]):
         with pytest.raises(metrics.UserError, match="one size"):
@@ -1469,6 +1477,7 @@ def test_sliced_wasserstein():
         lambda: metrics.frechet_distance(normal(5, 3, 0), normal(5, 4, 0)),
         lambda: metrics.frechet_distance(normal(1, 3, 0), normal(5, 3, 0)),
         lambda: metrics.frechet_distance(normal(5, 3, 0) * math.nan, normal(5, 3, 0)),
+        lambda: metrics.frechet_distance(normal(5, 3, 0).abs() / 0, normal(5, 3, 0)),
         lambda: metrics.frechet_distance(metrics.FeatureStats(3), normal(5, 3, 0)),
         lambda: metrics.FeatureStats(3).update(normal(5, 4, 0)),
         lambda: metrics.FeatureStats(3, {**MADE_BY, "resize": "clean"}).merge(metrics.FeatureStats(3, MADE_BY)),
@@ -1481,6 +1490,10 @@ def test_sliced_wasserstein():
         lambda: metrics.kernel_distance_subsets(normal(3, 3, 0), normal(5, 3, 0)),
         lambda: metrics.precision_recall(normal(5, 3, 0), normal(5, 3, 0), k=5),
         lambda: metrics.precision_recall(normal(5, 3, 0), normal(9, 3, 0), k=0),
+        lambda: metrics.frechet_interval(normal(50, 3, 0), normal(9, 3, 0), level=2),
+        lambda: metrics.frechet_by_class(normal(5, 3, 0), [0] * 4, normal(5, 3, 0), [0] * 5),
+        lambda: metrics.kernel_distance_subsets(normal(9, 3, 0), normal(9, 3, 0), subsets=0),
+        lambda: metrics.sliced_wasserstein(torch.zeros(0, 3, 16, 16), torch.zeros(4, 3, 16, 16)),
     ],
 )
 def test_scores_refuse_what_they_cannot_do(call):
@@ -1522,6 +1535,25 @@ def test_program_with_features_alone(tmp_path, folder, capsys):
     out = capsys.readouterr().out
     assert "FD(mean)" in out and "KID(mean)" in out and "IS" not in out
     assert "logits" in metrics_fail(capsys, *argv, "--metrics", "fid,is")
+
+
+def test_extractor_takes_no_autocast_and_leaves_settings_alone(extractor_file):
+    network = metrics.load_extractor(extractor_file)
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    plain = network(images)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(images)[1], plain)
+    settings, during = torch.backends.cudnn, []
+    network.network = lambda x: during.append(tf32()) or x.flatten(1)
+
+    def tf32():
+        if hasattr(settings, "conv"):
+            return settings.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+        return settings.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = tf32()
+    network(images)
+    assert tf32() == before and during in ([("ieee", "ieee")], [(False, False)]) and during != [before]
 
 
 @pytest.fixture(scope="session")
@@ -1648,8 +1680,9 @@ def test_measure_streams(extractor_file):
     assert summary.n == 50 and summary.parts == []
     assert metrics.frechet_distance(summary.stats, features) < 1e-12
     assert np.allclose(summary.predictions.score(), metrics.inception_score(logits, 3, seed=5), atol=1e-12, rtol=0)
-    with pytest.raises(metrics.UserError, match="keep"):
-        metrics.compare(summary, summary, ["kid"])
+    for name, hint in (("kid", "keep"), ("fid-classes", "labels"), ("foo", "no score"), ("swd", "no score")):
+        with pytest.raises(metrics.UserError, match=hint):
+            metrics.compare(summary, summary, [name])
     kept = metrics.measure(network, images)
     assert torch.equal(kept.features, features) and kept.index.tolist() == list(range(50))
 
@@ -1715,6 +1748,10 @@ def test_command_reads_arrays_and_saved_statistics(tmp_path, folder, extractor_f
     np.save(tmp_path / "spread.npy", np.repeat(hwc[..., :1], 3, axis=3))
     gray = scores_of(capsys, tmp_path / "gray.npy", tmp_path / "spread.npy", *use)["scores"]
     assert gray["FD(tiny)"] < 1e-9
+    # The weights count, not the file's name.
+    shutil.copy(extractor_file, tmp_path / "renamed.pt2")
+    renamed = scores_of(capsys, tmp_path / "real.npz", tmp_path / "other.npz", "--extractor", tmp_path / "renamed.pt2")
+    assert renamed["scores"].keys() == saved.keys()
     # Statistics alone need no network.
     assert metrics.main([str(tmp_path / "real.npz"), str(tmp_path / "real.npz")]) == 0
     with np.load(tmp_path / "real.npz") as file:
@@ -1753,6 +1790,7 @@ def test_command_names_and_counts_unreadable_images(tmp_path, folder, extractor_
     (tmp_path / "fake/rose 1/none.jpg").write_text("no picture")
     Image.fromarray(np.full((9, 9), 40000, dtype=np.uint16)).save(tmp_path / "fake/rose 1/deep.png")
     (tmp_path / "fake/rose 1/.hidden.png").write_text("what a file manager leaves")
+    (tmp_path / "fake/rose 1/loop").symlink_to("..")
     names = "fid,swd,fid-classes"
     result = scores_of(capsys, folder, tmp_path / "fake", "--extractor", extractor_file, "--metrics", names)
     assert result["n_fake"] == 24 and result["scores"]["FD(tiny)"] == whole["scores"]["FD(tiny)"]
@@ -1764,7 +1802,12 @@ def test_command_names_and_counts_unreadable_images(tmp_path, folder, extractor_
     "argv,hint",
     [
         ("{folder}", "--out"),
-        ("{folder} --out {tmp}/stats.txt", "as .npz"),
+        ("{folder} --out {tmp}/stats.txt", "an .npz"),
+        ("{folder} --out {tmp}/nowhere/stats.npz", "an .npz"),
+        ("{folder} --out {tmp}/stats.npz --metrics fid", "FAKE"),
+        ("{folder} {folder} --seed -1", "--seed"),
+        ("{folder} {tmp}/torn.npz", "holds neither"),
+        ("{folder} {tmp}/unreadable --metrics swd", "2 readable"),
         ("{folder} {tmp}/nowhere", "no "),
         ("{folder} {folder}/../nowhere.npz", "no "),
         ("{folder} {tmp}/empty", "0 images"),
@@ -1782,25 +1825,29 @@ def test_command_names_and_counts_unreadable_images(tmp_path, folder, extractor_
         ("{folder} {folder} --metrics fid,foo", "no score 'foo'"),
         ("{folder} {tmp}/images.npy --metrics fid-classes --extractor {tiny}", "needs labels"),
         ("{folder} {tmp}/strange.npz --metrics fid-classes --extractor {tiny}", "classes"),
-        ("{folder} {folder} --extractor {tmp}/nan.pt2", "finite"),
+        ("{folder} {tmp}/images.npy --extractor {tmp}/division.pt2", "finite"),
         ("{folder} {folder} --device tpu", "device"),
         ("{folder} {folder} --resize nearest", "--resize"),
         ("{folder} {folder} --bogus", "--bogus"),
         ("{folder} {folder} --splits 0 --extractor {tiny}", "splits"),
     ],
 )
-def test_command_errors(argv, hint, tmp_path, folder, extractor_file, nan_extractor, capsys):
-    shutil.copy(nan_extractor, tmp_path / "nan.pt2")
+def test_command_errors(argv, hint, tmp_path, folder, extractor_file, division_extractor, capsys):
+    shutil.copy(division_extractor, tmp_path / "division.pt2")
     for name, count in (("empty", 0), ("single", 1), ("spoilt", 1)):
         (tmp_path / name).mkdir()
         for i in range(count):
             write_picture(torch.zeros(3, 8, 8, dtype=torch.uint8), tmp_path / name / f"{i}.png")
     (tmp_path / "spoilt/no.png").write_text("no picture")
+    (tmp_path / "unreadable").mkdir()
+    for i in range(3):
+        (tmp_path / "unreadable" / f"{i}.png").write_text("no picture")
     images = np.zeros((4, 8, 8, 3), np.uint8)
     np.save(tmp_path / "images.npy", images)
     np.save(tmp_path / "floats.npy", images / 255)
     np.save(tmp_path / "two.npy", images[..., :2])
     np.savez(tmp_path / "keys.npz", pictures=images)
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "keys.npz").read_bytes()[:-30])
     (tmp_path / "text.npz").write_text("no")
     np.savez(tmp_path / "labels.npz", images=images, labels=np.zeros(3, int))
     np.savez(tmp_path / "strange.npz", images=images, labels=np.array([0, 0, 7, 7]))
@@ -1815,14 +1862,16 @@ def test_command_errors(argv, hint, tmp_path, folder, extractor_file, nan_extrac
 
 
 @pytest.fixture(scope="session")
-def nan_extractor(tmp_path_factory):
-    class Nan(torch.nn.Module):
-        def forward(self, x):
-            return x.flatten(1)[:, :4] / 0 - x.flatten(1)[:, :4] / 0
+def division_extractor(tmp_path_factory):
+    """Features that are not finite where an image is black."""
 
-    path = tmp_path_factory.mktemp("extractor") / "nan.pt2"
-    dims = {0: torch.export.Dim("n"), 2: torch.export.Dim("h", min=4), 3: torch.export.Dim("w", min=4)}
-    torch.export.save(torch.export.export(Nan(), (torch.rand(3, 3, 16, 24),), dynamic_shapes=(dims,)), path)
+    class Division(torch.nn.Module):
+        def forward(self, x):
+            return 1 / x.mean(dim=(2, 3))
+
+    path = tmp_path_factory.mktemp("extractor") / "division.pt2"
+    dims = {0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")}
+    torch.export.save(torch.export.export(Division(), (torch.rand(3, 3, 16, 24),), dynamic_shapes=(dims,)), path)
     return path
 
 
@@ -1843,7 +1892,7 @@ def test_command_tells_its_progress(monkeypatch, capsys):
             assert err.startswith(expected) and err.count("\n") == 2
 
 
-def test_two_processes_score_as_one(tmp_path, folder, extractor_file, capsys):
+def test_two_processes_score_as_one(tmp_path, folder, extractor_file, division_extractor, capsys):
     script = tmp_path / "ranks.py"
     script.write_text(
         "import json, sys, torch, torch.distributed as dist\n"
@@ -1885,5 +1934,16 @@ def test_two_processes_score_as_one(tmp_path, folder, extractor_file, capsys):
     done = subprocess.run([*torchrun, HERE / "metrics.py", *argv], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     both, one = json.loads(done.stdout), scores_of(capsys, *argv)
+    assert scores_of(capsys, *argv) == one
     assert both["notes"] == one["notes"] and both["n_fake"] == one["n_fake"] == 24
     assert all(abs(both["scores"][k] - one["scores"][k]) < 1e-9 for k in one["scores"])
+    # What stops one process is told once, and stops both.
+    images = torch.full((25, 3, 8, 8), 9, dtype=torch.uint8)
+    images[3] = 0
+    np.save(tmp_path / "one.npy", images.numpy())
+    argv = [folder, tmp_path / "one.npy", "--extractor", division_extractor]
+    done = subprocess.run([*torchrun, HERE / "metrics.py", *argv], capture_output=True, text=True, timeout=120)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("metrics.py")]
+    assert done.returncode != 0 and len(lines) == 1 and "finite" in lines[0] and "[rank" not in done.stderr, (
+        done.stderr
+    )
