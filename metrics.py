@@ -457,7 +457,7 @@ class FeatureStats:
         if x.shape[1] != self.dim:
             raise UserError(f"features of {x.shape[1]} dimensions do not go with {self.dim}")
         self._pending.append(x)
-        if sum(map(len, self._pending)) >= max(2 * self.dim, 1024):  # a decomposition costs least for tall parts
+        if sum(map(len, self._pending)) >= max(self.dim, 1024):  # decompositions of single samples would take long
             self._fold()
         return self
 
