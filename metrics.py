@@ -1197,7 +1197,7 @@ def main(argv=None):
     try:
         args = make_parser().parse_args(argv)
         if dist.is_available() and dist.is_torchelastic_launched():  # by torchrun
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo")  # left to the end of the process: torch 2.6 can hang in taking it down
             args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
         try:
             torch.zeros(1, device=args.device)
@@ -1211,9 +1211,6 @@ def main(argv=None):
         message = "out of memory: the images may be too large for this device"
     except (UserError, OSError) as error:
         message = str(error)
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
     if os.environ.get("RANK", "0") == "0":
         print(f"metrics.py: error: {message}", file=sys.stderr)
     return 2

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -1907,10 +1908,17 @@ def test_two_processes_score_as_one(tmp_path, folder, extractor_file, division_e
         "    if n > 1:\n"
         "        scores = metrics.compare(metrics.Summary.of(network, whole.features[:12]), whole)\n"
         "        open(f'{sys.argv[2]}/{dist.get_rank()}.json', 'w').write(json.dumps(scores))\n"
-        "dist.destroy_process_group()\n"
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*torchrun, script, extractor_file, tmp_path], capture_output=True, text=True, timeout=120)
+
+    def torchrun(*argv):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        where = ["--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        argv = [sys.executable, "-m", "torch.distributed.run", *where, *argv]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=120)
+
+    done = torchrun(script, extractor_file, tmp_path)
     assert done.returncode == 0, done.stderr
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
@@ -1931,7 +1939,7 @@ def test_two_processes_score_as_one(tmp_path, folder, extractor_file, division_e
         "fid,is,kid,prdc,swd,fid-classes",
         "--json",
     ]
-    done = subprocess.run([*torchrun, HERE / "metrics.py", *argv], capture_output=True, text=True, timeout=120)
+    done = torchrun(HERE / "metrics.py", *argv)
     assert done.returncode == 0, done.stderr
     both, one = json.loads(done.stdout), scores_of(capsys, *argv)
     assert scores_of(capsys, *argv) == one
@@ -1942,8 +1950,6 @@ def test_two_processes_score_as_one(tmp_path, folder, extractor_file, division_e
     images[3] = 0
     np.save(tmp_path / "one.npy", images.numpy())
     argv = [folder, tmp_path / "one.npy", "--extractor", division_extractor]
-    done = subprocess.run([*torchrun, HERE / "metrics.py", *argv], capture_output=True, text=True, timeout=120)
+    done = torchrun(HERE / "metrics.py", *argv)
     lines = [line for line in done.stderr.splitlines() if line.startswith("metrics.py")]
-    assert done.returncode != 0 and len(lines) == 1 and "finite" in lines[0] and "[rank" not in done.stderr, (
-        done.stderr
-    )
+    assert done.returncode != 0 and len(lines) == 1 and "finite" in lines[0] and "[rank" not in done.stderr, done.stderr
