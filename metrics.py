@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 import zipfile
@@ -252,12 +253,14 @@ class Folder:
     """The images below a folder, as a sequence of uint8 [3,H,W]; None stands for one that cannot be read.
 
     Hidden files are left out, and links to folders are not followed. labels: the index of each image's class among
-    `classes`, the folder's sub-folders; both None if an image lies beside them. skipped: the files that were found
-    unreadable so far, with the reasons.
+    `classes`, the folder's sub-folders in natural order (2 before 10); both None if an image lies beside them. skipped:
+    the files that were found unreadable so far, with the reasons. Raises UserError if there is no such folder.
     """
 
     def __init__(self, path):
         self.path, self.skipped = Path(path), []
+        if not self.path.is_dir():
+            raise UserError(f"{path} is no folder")
         self.files = sorted(
             file.relative_to(path)
             for file in self.path.rglob("[!.]*")
@@ -265,7 +268,7 @@ class Folder:
         )
         self.classes = self.labels = None
         if all(len(file.parts) > 1 for file in self.files):
-            self.classes = sorted({file.parts[0] for file in self.files})
+            self.classes = sorted({file.parts[0] for file in self.files}, key=natural_order)
             self.labels = torch.tensor([self.classes.index(file.parts[0]) for file in self.files])
 
     def __len__(self):
@@ -280,13 +283,17 @@ class Folder:
                     raise ValueError("more than 8 bits a channel")
                 return pil_to_tensor(file.convert("RGB"))
         except Exception as error:  # decoders raise errors of every kind for files that are damaged or no images
-            self.skipped.append(f"{self.files[i]} ({type(error).__name__})")
+            self.skipped.append(f"{self.files[i]} ({reason(error)})")
+
+
+def natural_order(name):
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 class Arrays:
     """uint8 images of an .npy or .npz file, [N,H,W], [N,H,W,1 or 3] or [N,1 or 3,H,W], as a sequence of [3,H,W].
 
-    In an .npz they are called images or arr_0; labels [N], if there are any, hold classes' indices.
+    In an .npz they are called images or arr_0; labels [N], if there are any, are classes' indices or names.
     """
 
     def __init__(self, path):
@@ -297,7 +304,7 @@ class Arrays:
                 self.images = content
             else:
                 self.images = content["images" if "images" in content else "arr_0"]
-                self.labels = torch.from_numpy(content["labels"]).long() if "labels" in content else None
+                self.labels = content["labels"] if "labels" in content else None
         except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"{path} holds neither statistics (mu, sigma) nor images (images or arr_0): {reason(error)}"
@@ -310,8 +317,14 @@ class Arrays:
                 f"{path} holds {self.images.dtype} {list(shape)}; images are uint8 of [N,H,W], [N,H,W,C] or [N,C,H,W], "
                 f"C = 1 or 3"
             )
-        if self.labels is not None and self.labels.shape != shape[:1]:
-            raise UserError(f"{path} holds {shape[0]} images and labels of {list(self.labels.shape)}")
+        if self.labels is not None:
+            if self.labels.shape != shape[:1] or self.labels.dtype.kind not in "iuU":
+                kind = f"{self.labels.dtype} {list(self.labels.shape)}"
+                raise UserError(f"{path} holds {shape[0]} images, but labels {kind}; give one number or name each")
+            if self.labels.dtype.kind == "U":
+                self.classes = sorted(set(self.labels.tolist()), key=natural_order)
+                self.labels = np.array([self.classes.index(name) for name in self.labels.tolist()])
+            self.labels = torch.from_numpy(self.labels.astype(np.int64))
 
     def __len__(self):
         return len(self.images)
@@ -334,9 +347,9 @@ def open_set(path):
     elif path.is_dir():
         images = Folder(path)
     else:
-        raise UserError(f"no {path}: give a folder of images, or an .npz or .npy of images or statistics")
+        raise UserError(f"{path} is neither a folder of images nor an .npz or .npy of images or statistics")
     if len(images) < 2:
-        raise UserError(f"{path} holds {len(images)} images; at least 2 are needed")
+        raise UserError(f"{path} holds {len(images)} images ({', '.join(IMG_EXTENSIONS)}); at least 2 are needed")
     return images
 
 
@@ -436,8 +449,8 @@ def rows(x):
 class FeatureStats:
     """Mean and covariance of features [n,dim] gathered part by part, in float64 and in constant memory.
 
-    n: samples, or None where a file does not tell. mean [dim]. cov [dim,dim], divided by n - 1. factor [r,dim], r <= dim:
-    factor^T factor = cov. made_by: see Extractor; empty where unknown. The order and the parts do not matter.
+    n: samples, or None where a file does not tell. mean [dim]. cov [dim,dim], divided by n - 1. factor [r,dim],
+    r <= dim: factor^T factor = cov. made_by: see Extractor; empty where unknown. The order and the parts do not matter.
     """
 
     # What is kept is a factor R of the scatter matrix: R^T R = sum of (x - mean)(x - mean)^T. Up to dim samples, R is
@@ -950,8 +963,8 @@ SCORES = {  # name: (what it is, what it needs of the real side, of the fake sid
     "swd": ("sliced Wasserstein distance of patches, without a network", "images", "images"),
     "kid-subsets": ("kernel distance as mean and deviation over 100 subsets", "features", "features"),
     "fid-infinity": ("Frechet distance extrapolated to infinitely many samples", "stats", "features"),
-    "fid-interval": ("its 95% bootstrap interval", "stats", "features"),
-    "fid-classes": ("Frechet distance within each class", "labels", "labels"),
+    "fid-interval": ("95% bootstrap interval of fid, at this number of images", "stats", "features"),
+    "fid-classes": ("Frechet distance within each class (sub-folder, or labels in an .npz)", "labels", "labels"),
 }
 DEFAULT = ("fid", "is", "kid", "prdc")
 NEIGHBOUR = 5  # that sets the radius in prdc
@@ -1010,14 +1023,14 @@ def remarks(real, fake, names=DEFAULT):
             f"{few} images bias a Frechet distance upwards{singular}: compare it only at the same numbers of images "
             f"(arXiv 1801.01401, 1911.07023)"
         )
-    if "fid-classes" in names and few < 2048:
-        lines.append("the distances within classes rest on still fewer images and are biased further")
+    if "fid-classes" in names:
+        lines.append("the distances within classes rest on fewer images each and are biased further")
     if "prdc" in names and few <= NEIGHBOUR:
         lines.append(f"precision, recall, density and coverage take neighbour {few - 1}, not {NEIGHBOUR}")
     if "kid-subsets" in names and few < 2 * SUBSET:
         lines.append(f"the subsets of KID are of {few // 2} images, not {SUBSET:,}")
     if not (real.stats.made_by and fake.stats.made_by):
-        lines.append("some statistics do not tell what made them: see that it was the same network and resize mode")
+        lines.append("some statistics do not say what made them: check that it was the same network and resize mode")
     return lines
 
 
@@ -1030,10 +1043,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def natural(text):
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to {2**32 - 1}, not {text}")
-    return int(text)
+def number_from(least):
+    def number(text):
+        if not text.isdecimal() or not least <= int(text) < 2**32:
+            raise argparse.ArgumentTypeError(f"must be a number from {least} to {2**32 - 1}, not {text}")
+        return int(text)
+
+    return number
 
 
 def make_parser():
@@ -1050,16 +1066,18 @@ def make_parser():
         "--extractor", default="inception", help="inception, a weights file or a .pt2 program (inception)"
     )
     parser.add_argument(
-        "--resize", choices=RESIZES, help="Inception's input (tf1 for weights of 1,008 classes, else bilinear)"
+        "--resize", choices=RESIZES, help="to Inception's 299 pixels (tf1 for weights of 1,008 classes, else bilinear)"
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of Inception (float32)")
     parser.add_argument("--metrics", help=f"scores, with commas ({','.join(DEFAULT)}, as far as they can be had)")
-    parser.add_argument("--splits", type=natural, default=10, help="of the Inception Score (10)")
-    parser.add_argument("--seed", type=natural, default=0, help="of all that is drawn (0)")
+    parser.add_argument("--splits", type=number_from(1), default=10, help="of the Inception Score (10)")
+    parser.add_argument("--seed", type=number_from(0), default=0, help="of everything random (0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", help=".npz for the statistics of REAL")
+    parser.add_argument("--out", help="write REAL's statistics to this .npz")
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, ... (cuda if there is one)",
     )
     return parser
 
@@ -1085,7 +1103,7 @@ def show_progress(name):
 
 def choose_scores(asked, paths, contents):
     """The names of the scores asked for, or of all default ones that can be had. Raises UserError for what cannot."""
-    names = asked.split(",") if asked else DEFAULT
+    names = [name.strip() for name in asked.split(",")] if asked is not None else DEFAULT
     possible = []
     for name in names:
         if name not in SCORES:
@@ -1096,7 +1114,9 @@ def choose_scores(asked, paths, contents):
             if need and need not in provided(content)
         ]
         if lacking and asked:
-            raise UserError(lacking[0])
+            raise UserError(
+                lacking[0] + (": each image must lie in a class's sub-folder" if "labels" in lacking[0] else "")
+            )
         possible += [] if lacking else [name]
     return possible
 
@@ -1112,7 +1132,11 @@ def summarize(args, paths, contents, keep):
     """A Summary of each set; the network is loaded if any set holds images."""
     saved = [content for content in contents if isinstance(content, FeatureStats)]
     if len(saved) < len(contents):
-        extractor = load_extractor(args.extractor, args.device, args.resize, args.precision)
+        try:
+            extractor = load_extractor(args.extractor, args.device, args.resize, args.precision)
+        except WeightsMissing as error:
+            known = [f"; the saved statistics are by {describe(stats.made_by)}" for stats in saved if stats.made_by]
+            raise UserError(f"{error}, or take --metrics swd, which needs no network{''.join(known)}")
         for stats in saved:  # before the long work
             check_alike(stats.made_by, extractor.made_by)
 
@@ -1128,8 +1152,15 @@ def summarize(args, paths, contents, keep):
     return [summary(path, content) for path, content in zip(paths, contents)]
 
 
+def image_size(content):
+    """Width x height of the first image of a set that can be read, as text; None for statistics."""
+    if not isinstance(content, FeatureStats):
+        images = (content[i] for i in range(len(content)))
+        return next((f"{image.shape[2]} x {image.shape[1]}" for image in images if image is not None), None)
+
+
 def class_names(contents, summaries):
-    """Each side's images' classes by name; indices, where a side has no names, count into the other side's."""
+    """Each side's images' classes by name; where a side has no names, its indices count the other side's in order."""
     names = contents[0].classes or contents[1].classes
     sides = []
     for content, summary in zip(contents, summaries):
@@ -1144,16 +1175,18 @@ def run(args):
     """What the command line asks for, as a dict: what made the scores, remarks, and the scores. Writes --out."""
     if not args.fake and not args.out:
         raise UserError("give FAKE too, or --out to save the statistics of REAL")
-    if args.metrics and not args.fake:
+    if args.metrics is not None and not args.fake:
         raise UserError("--metrics needs FAKE")
     if args.out and not (Path(args.out).suffix == ".npz" and Path(args.out).absolute().parent.is_dir()):
         raise UserError(f"--out {args.out}: give an .npz in a folder that exists")
+    if args.out and Path(args.out).exists():
+        FeatureStats.load(args.out)  # raises UserError if it is anything else, which is not to be overwritten
     paths = [path for path in (args.real, args.fake) if path]
     contents = [open_set(path) for path in paths]
     names = choose_scores(args.metrics, paths, contents) if args.fake else []
     keep = any(need in ("features", "labels") for name in names for need in SCORES[name][1:])
     summaries = summarize(args, paths, contents, keep) if args.out or set(names) != {"swd"} else []
-    if "is" in names and not args.metrics and summaries[1].predictions is None:
+    if "is" in names and args.metrics is None and summaries[1].predictions is None:
         names.remove("is")
     if args.out and rank() == 0:
         summaries[0].stats.save(args.out)
@@ -1165,12 +1198,17 @@ def run(args):
         lines = remarks(*summaries, of_network)
     if "swd" in names:
         scores |= sliced_wasserstein(*contents, args.seed)
+    if args.fake and args.metrics is None and (omitted := [name for name in DEFAULT if name not in names]):
+        lines.append(f"left out: {', '.join(omitted)} (they take images on both sides, and is takes logits)")
+    sizes = [size for size in map(image_size, contents) if size]
+    if len(set(sizes)) > 1:
+        lines.append(f"the first images are of {sizes[0]} and {sizes[1]} pixels: part of a distance may be the size")
     result = {}
     for side, path, content, summary in zip(("real", "fake"), paths, contents, summaries or contents):
         skipped = sorted(set(itertools.chain(*gather(lambda: getattr(content, "skipped", [])))))
         if skipped:
             some = ", ".join(skipped[:10]) + (f" and {len(skipped) - 10} more" if len(skipped) > 10 else "")
-            lines.append(f"{path}: {len(skipped)} files are no readable images and were left out: {some}")
+            lines.append(f"{path}: {len(skipped)} files could not be read as images and were left out: {some}")
         result |= {side: path, f"n_{side}": summary.n if summaries else len(content) - len(skipped)}
     made_by = next((summary.stats.made_by for summary in summaries if summary.stats.made_by), {})
     return result | made_by | {"notes": lines, "scores": scores, "saved": args.out}
@@ -1197,7 +1235,7 @@ def main(argv=None):
     try:
         args = make_parser().parse_args(argv)
         if dist.is_available() and dist.is_torchelastic_launched():  # by torchrun
-            dist.init_process_group("gloo")  # left to the end of the process: torch 2.6 can hang in taking it down
+            dist.init_process_group("gloo")
             args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
         try:
             torch.zeros(1, device=args.device)
@@ -1217,4 +1255,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if world_size() > 1:  # gloo can hang where it is taken down (torch 2.6) and abort where it is not (2.15)
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

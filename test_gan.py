@@ -1745,6 +1745,11 @@ def test_command_reads_arrays_and_saved_statistics(tmp_path, folder, extractor_f
         assert scores_of(capsys, tmp_path / side, tmp_path / "other.npz", *use)["scores"] == expected
     saved = scores_of(capsys, tmp_path / "real.npz", tmp_path / "other.npz", *use)["scores"]
     assert list(saved) == ["FD(tiny)", "IS(tiny)", "IS std"]
+    notes = scores_of(capsys, tmp_path / "real.npz", tmp_path / "other.npz", *use)["notes"]
+    assert any("left out: kid, prdc" in line for line in notes)
+    np.save(tmp_path / "small.npy", hwc[:, ::2, ::2])
+    notes = scores_of(capsys, folder, tmp_path / "small.npy", *use)["notes"]
+    assert any("18 x 20 and 9 x 10" in line for line in notes)
     assert abs(saved["FD(tiny)"] - expected["FD(tiny)"]) < 1e-9
     np.save(tmp_path / "spread.npy", np.repeat(hwc[..., :1], 3, axis=3))
     gray = scores_of(capsys, tmp_path / "gray.npy", tmp_path / "spread.npy", *use)["scores"]
@@ -1758,12 +1763,13 @@ def test_command_reads_arrays_and_saved_statistics(tmp_path, folder, extractor_f
     with np.load(tmp_path / "real.npz") as file:
         np.savez(tmp_path / "foreign.npz", mu=file["mu"], sigma=file["sigma"])
     result = scores_of(capsys, tmp_path / "foreign.npz", tmp_path / "other.npz", *use)
-    assert result["n_real"] is None and any("do not tell" in line for line in result["notes"])
+    assert result["n_real"] is None and any("do not say" in line for line in result["notes"])
     assert abs(result["scores"]["FD(tiny)"] - expected["FD(tiny)"]) < 1e-9
 
 
 def test_command_scores_on_request(tmp_path, folder, extractor_file, capsys):
-    images = torch.stack([pil_to_tensor(Image.open(file)) for file in sorted(folder.rglob("*.png"))])
+    files = [folder / f"rose {c}" / f"{i}.png" for c in (1, 9, 10) for i in range(8)]  # natural order, as gan.py has it
+    images = torch.stack([pil_to_tensor(Image.open(file)) for file in files])
     labels = torch.arange(3).repeat_interleave(8)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
     np.savez(tmp_path / "fake.npz", images=images[order].numpy(), labels=labels[order].numpy())
@@ -1773,6 +1779,9 @@ def test_command_scores_on_request(tmp_path, folder, extractor_file, capsys):
     scores = result["scores"]
     of_class = {k: v for k, v in scores.items() if "(8 and 8 images)" in k}  # labels count into the sorted class names
     assert list(of_class) == [f"FD(tiny) of rose {c} (8 and 8 images)" for c in (1, 10, 9)]
+    np.savez(tmp_path / "named.npz", images=images.numpy(), labels=[f"rose {c}" for c in (1, 9, 10) for _ in range(8)])
+    named = scores_of(capsys, tmp_path / "fake.npz", tmp_path / "named.npz", *use[:2], "--metrics", "fid-classes")
+    assert all(0 <= value < 1e-9 for value in named["scores"].values()) and len(named["scores"]) == 4
     assert all(0 <= value < 1e-9 for value in of_class.values()) and abs(scores["FD(tiny) class mean"]) < 1e-9
     assert scores["FD(tiny) low"] <= scores["FD(tiny)"] <= scores["FD(tiny) high"]
     assert {"FD(tiny) infinity", "KID(tiny) of subsets", "KID std", "SWD"} < set(scores)
@@ -1795,7 +1804,7 @@ def test_command_names_and_counts_unreadable_images(tmp_path, folder, extractor_
     names = "fid,swd,fid-classes"
     result = scores_of(capsys, folder, tmp_path / "fake", "--extractor", extractor_file, "--metrics", names)
     assert result["n_fake"] == 24 and result["scores"]["FD(tiny)"] == whole["scores"]["FD(tiny)"]
-    note = next(line for line in result["notes"] if "readable" in line)
+    note = next(line for line in result["notes"] if "could not be read" in line)
     assert "3 files" in note and all(f"{name} (" in note for name in ("broken.png", "none.jpg", "deep.png"))
 
 
@@ -1809,8 +1818,11 @@ def test_command_names_and_counts_unreadable_images(tmp_path, folder, extractor_
         ("{folder} {folder} --seed -1", "--seed"),
         ("{folder} {tmp}/torn.npz", "holds neither"),
         ("{folder} {tmp}/unreadable --metrics swd", "2 readable"),
-        ("{folder} {tmp}/nowhere", "no "),
-        ("{folder} {folder}/../nowhere.npz", "no "),
+        ("{folder} {tmp}/nowhere", "neither a folder"),
+        ("{folder} {folder}/../nowhere.npz", "neither a folder"),
+        ("{folder} --out {tmp}/keys.npz", "no feature statistics"),
+        ("{folder} {folder} --metrics ,", "no score"),
+        ("{folder} {tmp}/truth.npz", "one number or name"),
         ("{folder} {tmp}/empty", "0 images"),
         ("{folder} {tmp}/single", "1 images"),
         ("{folder} {tmp}/spoilt --extractor {tiny}", "1 readable"),
@@ -1851,6 +1863,7 @@ def test_command_errors(argv, hint, tmp_path, folder, extractor_file, division_e
     (tmp_path / "torn.npz").write_bytes((tmp_path / "keys.npz").read_bytes()[:-30])
     (tmp_path / "text.npz").write_text("no")
     np.savez(tmp_path / "labels.npz", images=images, labels=np.zeros(3, int))
+    np.savez(tmp_path / "truth.npz", images=images, labels=np.zeros(4))
     np.savez(tmp_path / "strange.npz", images=images, labels=np.array([0, 0, 7, 7]))
     np.savez(tmp_path / "wide.npz", mu=np.zeros(5), sigma=np.eye(5))
     for resize in ("clean", "tf1"):
@@ -1896,7 +1909,7 @@ def test_command_tells_its_progress(monkeypatch, capsys):
 def test_two_processes_score_as_one(tmp_path, folder, extractor_file, division_extractor, capsys):
     script = tmp_path / "ranks.py"
     script.write_text(
-        "import json, sys, torch, torch.distributed as dist\n"
+        "import json, os, sys, torch, torch.distributed as dist\n"
         f"sys.path.insert(0, {str(HERE)!r})\n"
         "import metrics\n"
         "dist.init_process_group('gloo')\n"
@@ -1907,7 +1920,9 @@ def test_two_processes_score_as_one(tmp_path, folder, extractor_file, division_e
         "    assert torch.equal(whole.features, metrics.extract(network, images)[0])\n"
         "    if n > 1:\n"
         "        scores = metrics.compare(metrics.Summary.of(network, whole.features[:12]), whole)\n"
-        "        open(f'{sys.argv[2]}/{dist.get_rank()}.json', 'w').write(json.dumps(scores))\n"
+        "        with open(f'{sys.argv[2]}/{dist.get_rank()}.json', 'w') as file:\n"
+        "            json.dump(scores, file)\n"
+        "os._exit(0)\n"  # see the end of metrics.py
     )
 
     def torchrun(*argv):
