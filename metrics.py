@@ -205,7 +205,7 @@ def load_extractor(spec, device="cpu", resize=None, precision="float32"):
     sees images in their own size; it must have been exported in eval mode. Another path: a state_dict of Inception v3,
     torchvision's (fc.weight of 1,000 rows) or the TensorFlow network's (1,008 rows).
     resize: one of RESIZES, by default tf1 for the TensorFlow network and bilinear for torchvision's. precision: float32
-    or bfloat16, which is faster and moves Inception's features by about 0.5%.
+    or bfloat16, which is faster and moves Inception's features by about 0.4%.
     Raises WeightsMissing if "inception" cannot be had, UserError for a file that does not fit.
     """
     if resize not in (None, *RESIZES) or precision not in PRECISIONS:
