@@ -13,6 +13,7 @@ spectral norm (1802.05957), differentiable augmentation (2006.10738), averaged w
 import argparse
 import contextlib
 import copy
+import ctypes
 import functools
 import glob
 import hashlib
@@ -237,8 +238,8 @@ class GeneratorBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, e):
-        h = upsample_conv(self.conv1, F.relu(self.norm1(x, e)))
-        h = self.conv2(F.relu(self.norm2(h, e)))
+        h = upsample_conv(self.conv1, F.relu(self.norm1(x, e), inplace=True))
+        h = self.conv2(F.relu(self.norm2(h, e), inplace=True))
         return h + F.interpolate(self.skip(x), scale_factor=2)
 
 
@@ -285,7 +286,7 @@ class DiscriminatorBlock(nn.Module):
 
     def forward(self, x):
         h = self.conv1(F.relu(x))
-        return conv_pool(self.conv2, F.relu(h)) + self.skip(F.avg_pool2d(x, 2))
+        return conv_pool(self.conv2, F.relu(h, inplace=True)) + self.skip(F.avg_pool2d(x, 2))
 
 
 class Discriminator(nn.Module):
@@ -1291,7 +1292,22 @@ def trunc_name(trunc):
 RESUMABLE = "epochs steps data data_dir device amp log_every sample_every save_minutes tensorboard".split()
 
 
+def hold_memory():
+    """Keeps freed memory in this process, in large pages, on Linux.
+
+    A training step on the CPU frees and takes some gigabytes, and handing their pages back and forth costs the kernel a
+    tenth to a fifth of the step.
+    """
+    if sys.platform == "linux":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
+        with contextlib.suppress(OSError, AttributeError):  # a C library other than GNU's
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
+
+
 def train_command(args):
+    hold_memory()
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     if not args.resume:
         return train(Config(**given))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -876,6 +877,19 @@ def test_each_file_works_alone(tmp_path, folder, extractor_file):
     done = command("gan.py", "eval", "--trunc", 0.7, 1.5, "--extractor", extractor_file, cwd=tmp_path)
     assert done.returncode == 0 and "FD(tiny)" in done.stdout, done.stderr
     assert (tmp_path / f"runs/0001-ns-cond-{folder.name}-16/eval-trunc-0.7.png").exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for GNU's C library alone")
+def test_held_memory_is_not_handed_back():
+    code = (
+        "import resource, gan, torch\n"
+        "gan.hold_memory()\n"
+        "torch.ones(2**24)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(10): torch.ones(2**24)\n"  # 64 MB each: 16,384 pages
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    assert int(command("-c", code, cwd=HERE).stdout) < 1000
 
 
 def test_errors_have_no_traceback_and_status_2(tmp_path):
