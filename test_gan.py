@@ -889,7 +889,7 @@ def test_held_memory_is_not_handed_back():
         "for _ in range(10): torch.ones(2**24)\n"  # 64 MB each: 16,384 pages
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
     )
-    assert int(command("-c", code, cwd=HERE).stdout) < 1000
+    assert int(command("-c", code, cwd=HERE).stdout) < 16384  # a block at most; handed back, all ten would count
 
 
 def test_errors_have_no_traceback_and_status_2(tmp_path):
