@@ -884,7 +884,7 @@ def test_held_memory_is_not_handed_back():
     code = (
         "import resource, gan, torch\n"
         "gan.hold_memory()\n"
-        "torch.ones(2**24)\n"
+        "for _ in range(10): torch.ones(2**24)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(10): torch.ones(2**24)\n"  # 64 MB each: 16,384 pages
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
