@@ -1268,7 +1268,7 @@ def evaluate(
             progress = metrics.show_progress(f"{network.name} on samples at trunc {trunc_name(trunc)}")
             fake = metrics.measure(network, generate(G, n, trunc, classes, seed), progress=progress)
             result["scores"].append({"trunc": trunc, "n": n, **metrics.compare(real, fake)})
-            result["note"] = "; ".join(metrics.remarks(real, fake))
+        result["note"] = "; ".join(metrics.remarks(real, fake))
     except metrics.WeightsMissing as error:
         result["note"] = str(error)
         result["scores"] = [{"trunc": trunc, "n": n, "FID": None, "IS": None, "IS std": None} for trunc in truncs]

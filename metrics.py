@@ -42,6 +42,8 @@ INCEPTION = {  # the first digits of the SHA-256 of published Inception v3 weigh
 }
 RESIZES = ("bilinear", "clean", "tf1")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NEIGHBOUR = 5  # the one that sets a ball's radius in precision and recall
+SUBSET = 1000  # images in a subset of KID
 
 
 class UserError(ValueError):
@@ -739,6 +741,11 @@ def frechet_distance(a, b):
     return (distance + (a.mean - b.mean).square().sum()).item()
 
 
+def draw(x, n, generator):
+    """n samples of x [m,...], or all if those are fewer, in random order without replacement."""
+    return x[torch.randperm(len(x), generator=generator)[:n]]
+
+
 def frechet_infinity(real, fake, sizes=15, seed=0):
     """The Frechet distance for infinitely many samples of the generator, a float (arXiv 1911.07023).
 
@@ -752,7 +759,7 @@ def frechet_infinity(real, fake, sizes=15, seed=0):
     # tenth on give 0.08 and parts from a half on 0.96.
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.linspace(len(fake) / 2, len(fake), sizes).long()
-    distances = [frechet_distance(real, fake[torch.randperm(len(fake), generator=generator)[:n]]) for n in numbers]
+    distances = [frechet_distance(real, draw(fake, n, generator)) for n in numbers]
     line = torch.stack([torch.ones(sizes, dtype=torch.float64), 1 / numbers.double()], dim=1)
     return torch.linalg.lstsq(line, torch.tensor(distances, dtype=torch.float64)[:, None]).solution[0].item()
 
@@ -769,8 +776,8 @@ def frechet_interval(real, fake, level=0.95, resamples=100, seed=0):
     if len(fake) < 4 or resamples < 2 or not 0 < level < 1:
         raise UserError(f"no interval of level {level} from {len(fake)} samples (at least 4) and {resamples} resamples")
     generator = torch.Generator().manual_seed(seed)
-    halves = [torch.randperm(len(fake), generator=generator)[: len(fake) // 2] for _ in range(resamples)]
-    distances = np.array([frechet_distance(real, fake[half]) for half in halves])
+    halves = (draw(fake, len(fake) // 2, generator) for _ in range(resamples))
+    distances = np.array([frechet_distance(real, half) for half in halves])
     spread = np.quantile(distances - distances.mean(), [(1 - level) / 2, (1 + level) / 2])
     return tuple((frechet_distance(real, fake) + spread).clip(min=0).tolist())
 
@@ -821,7 +828,7 @@ def kernel_distance(x, y, block=512):
     return (mean_without_diagonal(x) + mean_without_diagonal(y) - 2 * kernel_sum(x, y) / (len(x) * len(y))).item()
 
 
-def kernel_distance_subsets(x, y, subsets=100, size=1000, seed=0):
+def kernel_distance_subsets(x, y, subsets=100, size=SUBSET, seed=0):
     """`kernel_distance` of random subsets -> (mean, standard deviation), the usual protocol of KID.
 
     size: at most half of the smaller set, or the subsets would be nearly the same. Raises UserError below 4 samples.
@@ -831,14 +838,11 @@ def kernel_distance_subsets(x, y, subsets=100, size=1000, seed=0):
     if size < 2 or subsets < 1:
         raise UserError(f"no {subsets} subsets of 2 or more in half of {min(len(x), len(y))} samples")
     generator = torch.Generator().manual_seed(seed)
-    distances = [
-        kernel_distance(*(z[torch.randperm(len(z), generator=generator)[:size]] for z in (x, y)))
-        for _ in range(subsets)
-    ]
+    distances = [kernel_distance(draw(x, size, generator), draw(y, size, generator)) for _ in range(subsets)]
     return float(np.mean(distances)), float(np.std(distances))
 
 
-def precision_recall(real, fake, k=5, block=512):
+def precision_recall(real, fake, k=NEIGHBOUR, block=512):
     """Improved precision and recall (arXiv 1904.06991), density and coverage (2002.09797) of features [n,d], [m,d].
 
     k: the neighbour that sets each closed ball's radius. Returns {"precision", "recall", "density", "coverage"}; all
@@ -944,8 +948,8 @@ def slice_distance(a, b, generator, directions=512, at_once=128):
         mean, std = x.mean(dim=(0, 2, 3), keepdim=True), x.std(dim=(0, 2, 3), keepdim=True)
         return (x - mean) / std.clamp(min=1e-8)
 
-    a, b = (x[torch.randperm(len(x), generator=generator)[: min(len(a), len(b))]] for x in (a, b))
-    a, b = normalise(a), normalise(b)
+    n = min(len(a), len(b))
+    a, b = normalise(draw(a, n, generator)), normalise(draw(b, n, generator))
     total = 0.0
     for _ in range(directions // at_once):
         lines = F.normalize(torch.randn(a[0].numel(), at_once, generator=generator), dim=0)
@@ -967,8 +971,6 @@ SCORES = {  # name: (what it is, what it needs of the real side, of the fake sid
     "fid-classes": ("Frechet distance within each class (sub-folder, or labels in an .npz)", "labels", "labels"),
 }
 DEFAULT = ("fid", "is", "kid", "prdc")
-NEIGHBOUR = 5  # that sets the radius in prdc
-SUBSET = 1000  # images in kid-subsets
 
 
 def compare(real, fake, names=None, seed=0, labels=None):
