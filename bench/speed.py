@@ -170,7 +170,7 @@ def main():
     gan.hold_memory()  # as the train command does; it serves both
     state, other, data, device = make_states(args)
     works = [lambda: textbook_step(other, data), lambda: gan.train_step(state, data)]
-    seconds_in_turns(1, works, device)
+    seconds_in_turns(4, works, device)
     if args.profile:
         return profile(state, data)
     slow, fast = (statistics.median(s) for s in seconds_in_turns(args.turns, works, device))
