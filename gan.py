@@ -30,17 +30,20 @@ import tempfile
 import threading
 import time
 import typing
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.data import ConcatDataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.utils import download_url, extract_archive
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.utils import make_grid
@@ -95,6 +98,7 @@ class Config:
     seed: int = option(0, "seed of weights, noise and data order")
     device: str = option("auto", "auto (cuda if there is one), cpu, cuda, cuda:1, ...")
     amp: str = option("auto", "autocast; auto: bf16 or else fp16 on cuda, off on cpu", ("auto", "bf16", "fp16", "off"))
+    compile: bool = option(False, "torch.compile, on cuda with CUDA graphs; takes minutes before the first step")
     runs: str = option("runs", "folder that holds the runs")
     name: str | None = option(None, "name of the run's folder (the next free number and what it is)")
     log_every: int = option(20, "steps between two lines of log.jsonl")
@@ -148,6 +152,129 @@ def resolve(config):
         channels=config.channels or (1 if config.data in GRAY else 3),
         flip=config.data not in GRAY if config.flip is None else config.flip,
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, started by torchrun: each holds the whole state and takes its part of every batch. All draw the same
+# random numbers for the whole batch and keep those of their part, so that a job computes what one process would.
+
+
+class LostProcess(UserError):
+    """Another process of the job has gone."""
+
+
+def join_job(config):
+    """The torch.device of this process, which joins the others if torchrun started it. Raises UserError."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return pick_device(config.device)
+    on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+    if config.batch % n_ranks() or config.batch == n_ranks():
+        raise UserError(f"--batch {config.batch} must give each of {n_ranks()} processes the same number, 2 or more")
+    if config.compile and n_ranks() > 1:
+        raise UserError("--compile is for a single process")
+    return agreed(lambda: pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda else config.device))
+
+
+def n_ranks():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if n_ranks() > 1 else 0
+
+
+def part(draw, n):
+    """This process's n rows of draw(m), where m is the number of rows of all processes."""
+    return draw(n * n_ranks())[rank() * n : (rank() + 1) * n]
+
+
+def reduce(tensor, op=dist.ReduceOp.SUM):
+    """dist.all_reduce in place. Raises LostProcess if one of the others no longer answers."""
+    try:
+        dist.all_reduce(tensor, op)
+    except RuntimeError as error:
+        raise LostProcess("another process of the job was lost") from error
+    return tensor
+
+
+@torch.no_grad()
+def average(tensors):
+    """Replaces each tensor by its mean over the processes."""
+    if n_ranks() > 1:
+        flat = reduce(torch.cat([t.flatten() for t in tensors])) / n_ranks()
+        for t, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(mean.view(t.shape))
+
+
+def anyone(*flags):
+    """For each flag, whether it is true in any process."""
+    return flags if n_ranks() == 1 else reduce(torch.tensor(flags).int(), dist.ReduceOp.MAX).bool().tolist()
+
+
+def gather(value):
+    """The value of each process, in the order of their ranks."""
+    values = [value] * n_ranks()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def agreed(work):
+    """work(); an error that a user can mend in one process is raised in all. On each host the first process goes first,
+    and fills the cache for the others."""
+    result = error = None
+    for firsts in (True, False):
+        if firsts == (os.environ.get("LOCAL_RANK", "0") == "0"):
+            try:
+                result = work()
+            except (UserError, OSError) as caught:
+                error = caught
+        for caught in gather(error):
+            if caught:
+                raise caught
+    return result
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all processes; the gradient is summed likewise."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return reduce(x.clone())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return reduce(gradient.clone())
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """nn.BatchNorm2d whose statistics in training are those of all processes' batches, which must be of one size.
+
+    nn.SyncBatchNorm does this on CUDA alone.
+    """
+
+    def forward(self, h):
+        if not self.training:
+            return super().forward(h)
+        var, mean = torch.var_mean(h.float(), dim=(0, 2, 3), correction=0)  # [C] each
+        mean, square = SumOverRanks.apply(torch.stack([mean, var + mean**2])) / n_ranks()
+        var = square - mean**2
+        with torch.no_grad():
+            n = n_ranks() * h.numel() / h.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = (var + self.eps).rsqrt() * (self.weight if self.affine else 1)
+        shift = (self.bias if self.affine else 0) - mean * scale
+        return torch.addcmul(shift[:, None, None], h, scale[:, None, None]).to(h.dtype)
+
+
+def synchronize_norms(net):
+    for m in net.modules():
+        if type(m) is nn.BatchNorm2d:
+            m.__class__ = SyncedBatchNorm
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,7 +508,8 @@ SMOOTHABLE = ("ns", "minimax", "lsgan")
 
 def augment_color(x):
     """Brightness by up to +-0.5 (the range is 2), saturation times [0, 2], contrast times [0.5, 1.5]."""
-    brightness, saturation, contrast = torch.rand(3, len(x), 1, 1, 1, device=x.device, dtype=x.dtype)
+    draws = part(lambda n: torch.rand(n, 3, 1, 1, 1, device=x.device, dtype=x.dtype), len(x))
+    brightness, saturation, contrast = draws.unbind(dim=1)  # [N,1,1,1] each
     x = x + (brightness - 0.5)
     gray = x.mean(dim=1, keepdim=True)
     x = gray + (x - gray) * (2 * saturation)
@@ -389,12 +517,17 @@ def augment_color(x):
     return mean + (x - mean) * (contrast + 0.5)
 
 
+def draw_int(low, high, x):
+    """A random whole number from low to high - 1 for each image of x, [N,1]."""
+    return part(lambda n: torch.randint(low, high, (n, 1), device=x.device), len(x))
+
+
 def augment_translation(x):
     """Moves each image by up to an eighth of its sides; zeros come in."""
-    n, _, h, w = x.shape
+    h, w = x.shape[2:]
     # A move is a product with a shifted identity on either side: dense, differentiable and quick at these sizes.
-    rows = torch.arange(h, device=x.device) - torch.randint(-h // 8, h // 8 + 1, (n, 1), device=x.device)  # [N,H]
-    cols = torch.arange(w, device=x.device) - torch.randint(-w // 8, w // 8 + 1, (n, 1), device=x.device)  # [N,W]
+    rows = torch.arange(h, device=x.device) - draw_int(-h // 8, h // 8 + 1, x)  # [N,H]
+    cols = torch.arange(w, device=x.device) - draw_int(-w // 8, w // 8 + 1, x)  # [N,W]
     move_rows = (rows[:, :, None] == torch.arange(h, device=x.device)).to(x.dtype)  # [N,H,H]
     move_cols = (cols[:, None, :] == torch.arange(w, device=x.device)[:, None]).to(x.dtype)  # [N,W,W]
     return move_rows[:, None] @ x @ move_cols[:, None]
@@ -402,9 +535,9 @@ def augment_translation(x):
 
 def augment_cutout(x):
     """Zeroes a square of half the side, centred anywhere in the image."""
-    n, _, h, w = x.shape
-    rows = torch.arange(h, device=x.device) - torch.randint(h, (n, 1), device=x.device)  # [N,H], 0 at the centre
-    cols = torch.arange(w, device=x.device) - torch.randint(w, (n, 1), device=x.device)  # [N,W]
+    h, w = x.shape[2:]
+    rows = torch.arange(h, device=x.device) - draw_int(0, h, x)  # [N,H], 0 at the centre
+    cols = torch.arange(w, device=x.device) - draw_int(0, w, x)  # [N,W]
     in_rows = (rows >= -(h // 4)) & (rows < h // 4)
     in_cols = (cols >= -(w // 4)) & (cols < w // 4)
     return x.masked_fill((in_rows[:, :, None] & in_cols[:, None, :])[:, None], 0)
@@ -709,7 +842,7 @@ def batches(images, labels, config, device, start=0):
     """Endless (x[B,C,H,W] float in [-1,1], y[B]) on the device, from the batch number `start` on.
 
     Each epoch's order comes from the seed and the epoch alone, so a resumed run goes on with the very next batch; what
-    does not fill a batch is left out of an epoch.
+    does not fill a batch is left out of an epoch. Of several processes each gets its part.
     """
     per_epoch = len(images) // config.batch
     order = None
@@ -717,10 +850,11 @@ def batches(images, labels, config, device, start=0):
         if order is None or i == 0:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
             order = torch.randperm(len(images), generator=generator)
-        index = order[i * config.batch : (i + 1) * config.batch]
+        index = order[i * config.batch : (i + 1) * config.batch].chunk(n_ranks())[rank()]
         x = images[index.to(images.device)].to(device, non_blocking=True).float() / 127.5 - 1
         if config.flip:
-            x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+            draws = part(lambda n: torch.rand(n, 1, 1, 1, device=device), len(x))
+            x = torch.where(draws < 0.5, x.flip(3), x)
         yield x, labels[index].to(device, non_blocking=True)
 
 
@@ -777,9 +911,17 @@ def with_standing_statistics(G, trunc=None, n_batches=20, batch=64):
 
 @torch.no_grad()
 def render(G, z, y, batch=64):
-    """uint8 images [n,C,H,W] on the CPU of z[n,z_dim] and y[n], with G as it is."""
-    parts = zip(z.split(batch), y.to(z.device).split(batch))
-    return torch.cat([((G(z_part, y_part) + 1) * 127.5).round().to(torch.uint8).cpu() for z_part, y_part in parts])
+    """Yields uint8 images [<=batch,C,H,W] on the CPU of z[n,z_dim] and y[n], with G as it is."""
+    for z_part, y_part in zip(z.split(batch), y.to(z.device).split(batch)):
+        yield ((G(z_part, y_part) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def stream(G, n, trunc=None, classes=None, seed=0):
+    """Yields what `generate` returns in batches, so that not all samples need be held."""
+    generator = torch.Generator().manual_seed(seed)
+    z = sample_z(n, G.z_dim, trunc, generator, device_of(G))
+    y = take_classes(G, n, classes, generator)
+    yield from render(with_standing_statistics(G, trunc), z, y)
 
 
 def generate(G, n, trunc=None, classes=None, seed=0):
@@ -788,9 +930,7 @@ def generate(G, n, trunc=None, classes=None, seed=0):
     trunc: bound of |z_i|, None for no bound; the batch norms get statistics of their own for it. classes: indices to
     go through in turn; None draws them evenly. Raises UserError for a class or trunc out of range.
     """
-    generator = torch.Generator().manual_seed(seed)
-    z = sample_z(n, G.z_dim, trunc, generator, device_of(G))
-    return render(with_standing_statistics(G, trunc), z, take_classes(G, n, classes, generator))
+    return torch.cat(list(stream(G, n, trunc, classes, seed)))
 
 
 def take_classes(G, n, classes, generator=None):
@@ -826,8 +966,9 @@ def interpolate(G, trunc=None, classes=None, rows=8, columns=10, seed=0):
     return tile(render(with_standing_statistics(G, trunc), z.flatten(0, 1), y.repeat_interleave(columns)), columns)
 
 
-def tile(images, columns):
-    return make_grid(images, nrow=columns, padding=2, pad_value=255)
+def tile(batches, columns):
+    """Batches of images [n,C,H,W] -> a picture [3,H,W] with so many of them in a row."""
+    return make_grid(torch.cat(list(batches)), nrow=columns, padding=2, pad_value=255)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -859,7 +1000,7 @@ def new_state(config, classes, device):
     D = Discriminator(config.size, config.channels, config.width, config.max_width, num_classes)
     D = D.to(device, memory_format=torch.channels_last)
     adam = functools.partial(torch.optim.Adam, betas=(config.beta1, config.beta2), fused=device.type in ("cpu", "cuda"))
-    return State(
+    state = State(
         config,
         classes if config.cond else [],
         G,
@@ -870,6 +1011,9 @@ def new_state(config, classes, device):
         amp_dtype=amp_dtype,
         scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
     )
+    if n_ranks() > 1:
+        synchronize_norms(state.G)
+    return state
 
 
 def new_generator(config, num_classes):
@@ -941,13 +1085,18 @@ def load_into(module, state_dict):
         raise UserError(f"the checkpoint does not fit its own config: {str(error).splitlines()[0]}")
 
 
-def restore(content, config, device):
-    """The State of a checkpoint's content, and torch's random state with it; config may ask for more steps, say."""
-    state = new_state(config, content["classes"], device)
+def load_state(state, content):
+    """Puts the networks, the optimizers and the step of a checkpoint's content into state."""
     for name in MODULES:
         if content[name]:  # a scaler that did nothing has no state
             load_into(getattr(state, name), content[name])
     state.step = content["step"]
+
+
+def restore(content, config, device):
+    """The State of a checkpoint's content, and torch's random state with it; config may ask for more steps, say."""
+    state = new_state(config, content["classes"], device)
+    load_state(state, content)
     torch.set_rng_state(content["rng"])
     if content["rng_cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(content["rng_cuda"], device)
@@ -1021,14 +1170,15 @@ def write_picture(path, picture):
 
 
 def say(line):
-    """Prints a line; on a terminal in the place of the line of progress."""
-    print(f"\r\x1b[K{line}" if sys.stdout.isatty() else line, flush=True)
+    """Prints a line; on a terminal in the place of the line of progress. Of several processes the first one speaks."""
+    if rank() == 0:
+        print(f"\r\x1b[K{line}" if sys.stdout.isatty() else line, flush=True)
 
 
 def show(line):
     """Prints a line of progress, which the next line replaces on a terminal."""
     if not sys.stdout.isatty():
-        return print(line, flush=True)
+        return say(line)
     print(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
 
@@ -1089,14 +1239,16 @@ def descend(state, optimizer, loss):
     """One step of the optimizer down the gradient of the loss."""
     optimizer.zero_grad()
     state.scaler.scale(loss).backward()
+    average([p.grad for group in optimizer.param_groups for p in group["params"]])
     state.scaler.step(optimizer)
     state.scaler.update()
 
 
 def draw_fake(state, y):
     """Samples [B,C,H,W] of the classes y[B], with G's graph behind them."""
+    z = part(lambda n: sample_z(n, state.config.z_dim, device=y.device), len(y))
     with autocast(state):
-        return state.G(sample_z(len(y), state.config.z_dim, device=y.device), y)
+        return state.G(z, y)
 
 
 def update_discriminator(state, real, fake, y):
@@ -1108,7 +1260,7 @@ def update_discriminator(state, real, fake, y):
     d_loss = LOSSES[c.loss][0]
     if c.label_smoothing:
         d_loss = functools.partial(d_loss, smoothing=c.label_smoothing)
-    both = diff_augment(torch.cat([real, fake.detach()]), c.augment)
+    both = torch.cat([diff_augment(x, c.augment) for x in (real, fake.detach())])
     with autocast(state):  # one pass over both: fewer, larger products
         real_logits, fake_logits = state.D(both, y.repeat(2)).chunk(2)
     loss_D = d_loss(real_logits, fake_logits)
@@ -1149,50 +1301,91 @@ def train_step(state, data):
     return torch.stack([loss_D, loss_G, right_real, right_fake])
 
 
+def compiled(state):
+    """A State whose networks torch.compile runs, on CUDA as CUDA graphs; where it cannot, state, after a line that says
+    why. Tries three steps on a copy, since it fails in many ways and not before it runs."""
+    c, device = state.config, device_of(state.G)
+    fast = copy.deepcopy(state)
+    for net in (fast.G, fast.D):
+        net.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+    batch = torch.zeros(c.batch, c.channels, c.size, c.size, device=device), torch.zeros(c.batch, device=device).long()
+    say("compiling")
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for _ in range(3):  # CUDA graphs are recorded at the second
+                train_step(fast, itertools.repeat(batch))
+    except Exception as error:  # no C++ compiler, no Triton, an operation it does not know
+        torch._dynamo.reset()
+        reason = next(iter(str(error).strip().splitlines()), "")
+        say(f"--compile does not work here, going on without: {type(error).__name__}: {reason}")
+        return state
+    load_state(fast, {name: getattr(state, name).state_dict() for name in MODULES} | {"step": state.step})
+    return fast
+
+
+def open_run(config, resume):
+    """(content of the checkpoint or None, images, labels, class names). Raises UserError for what cannot be had."""
+    content = read_checkpoint(Path(resume) / "checkpoint.pt") if resume else None
+    return content, *training_images(config, content)
+
+
 def train(config, resume=None):
     """Trains a GAN and returns its run's folder, a Path: config.json, checkpoint.pt, log.jsonl and samples/.
 
     resume: a run's folder, to go on from its checkpoint until config.epochs or config.steps; on a CPU the outcome is
-    that of a run without the break, bit for bit. Ctrl-C and SIGTERM end the step, save and return. Raises UserError for
-    what cannot be done, and if a loss is no longer finite; the checkpoint then stays as it was last saved.
+    that of a run without the break, bit for bit. Ctrl-C and SIGTERM end the step, save and return. Under torchrun each
+    process takes its part of the batch, and the first one writes. Raises UserError for what cannot be done, and if a
+    loss is no longer finite; the checkpoint then stays as it was last saved.
     """
     config = resolve(config)
-    device = pick_device(config.device)
-    content = read_checkpoint(Path(resume) / "checkpoint.pt") if resume else None
-    images, labels, classes = training_images(config, content)
+    device = join_job(config)
+    content, images, labels, classes = agreed(lambda: open_run(config, resume))
+    if len({repr(seen) for seen in gather((len(images), classes, content and content["step"]))}) > 1:
+        raise UserError("the processes see different images or checkpoints; all hosts need the same --data and run")
     if config.augment == "auto":
         config = replace(config, augment=auto_policy(len(images)))
-    steps_per_epoch = len(images) // config.batch / config.d_steps
-    steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
+    steps_per_epoch, steps = length(config, len(images))
     sample_every = max(1, round(config.sample_every * steps_per_epoch))
     if content and content["step"] >= steps:
         raise UserError(f"{resume} has trained its {content['step']} steps; --steps or --epochs can ask for more")
 
     state = restore(content, config, device) if content else new_state(config, classes, device)
     new_writer = summary_writer() if config.tensorboard else None
-    run = Path(resume) if resume else create_run(config)
-    write_whole(run / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
-    writer = new_writer(run) if new_writer else None
+    run = gather(agreed(lambda: Path(resume) if resume else create_run(config) if rank() == 0 else None))[0]
+    if rank() == 0:
+        write_whole(run / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
+    writer = new_writer(run) if new_writer and rank() == 0 else None
     del content  # as large as the state
-    say(f"{run}: {len(images)} images, {len(classes)} classes, {steps} steps on {device}, augment {config.augment}, G "
-          f"{count_parameters(state.G) / 1e6:.2f} M and D {count_parameters(state.D) / 1e6:.2f} M parameters")
+    on = f"{n_ranks()} processes on {device.type}" if n_ranks() > 1 else device
+    say(f"{run}: {len(images)} images, {len(classes)} classes, {steps} steps on {on}, augment {config.augment}, G "
+        f"{count_parameters(state.G) / 1e6:.2f} M and D {count_parameters(state.D) / 1e6:.2f} M parameters")
+    if config.compile:
+        state = compiled(state)
 
     data = batches(place(images, device), labels, config, device, start=state.step * config.d_steps)
     stats, first, began, saved = [], state.step, time.monotonic(), time.monotonic()
-    with open_log(run / "log.jsonl", state.step) as log, stop_on_signal() as stop:
+    log = open_log(run / "log.jsonl", state.step) if rank() == 0 else contextlib.nullcontext()
+    with log, stop_on_signal() as stop, saved_if_lost(state, run):
         done = False
         while not done:
             stats.append(train_step(state, data))
 
-            done = state.step == steps or stop.is_set()  # read once: a signal that comes later waits for the next step
+            # Read once: a signal that comes later waits for the next step.
+            stopped, late = anyone(stop.is_set(), time.monotonic() - saved > 60 * config.save_minutes)
+            done = state.step == steps or stopped
             sample = done or state.step % sample_every == 0
-            save = sample or time.monotonic() - saved > 60 * config.save_minutes
+            save = sample or late
             if not save and state.step % config.log_every:
                 continue
 
-            history = torch.stack(stats).cpu()  # [steps,4]; here alone the CPU waits for the device
+            history = torch.stack(stats)  # [steps,4]
+            average([history])
+            history = history.cpu()  # here alone the CPU waits for the device
             check_finite(state, history, run)
             stats.clear()
+            saved = time.monotonic() if save else saved
+            if rank() > 0:
+                continue  # the first process writes
             rate = (state.step - first) / (time.monotonic() - began)  # steps a second since this call began
             record = {"step": state.step, "epoch": state.step / steps_per_epoch, "images_per_s": rate * config.batch}
             record |= zip(("loss_D", "loss_G", "right_real", "right_fake"), history.mean(dim=0).tolist())
@@ -1201,7 +1394,6 @@ def train(config, resume=None):
             show(status_line(record, steps, rate))
             if save:  # before the picture, which takes a while
                 save_checkpoint(run / "checkpoint.pt", state)
-                saved = time.monotonic()
             if sample:
                 picture = sample_grid(state.G_ema)
                 write_picture(run / "samples" / f"{state.step:07d}.png", picture)
@@ -1216,6 +1408,23 @@ def train(config, resume=None):
     else:
         say(f"{state.step} steps done: see {run / 'samples'}; score it with: python gan.py eval --run {run}")
     return run
+
+
+def length(config, n_images):
+    """(steps an epoch, steps of the whole run)"""
+    steps_per_epoch = n_images // config.batch / config.d_steps
+    return steps_per_epoch, config.steps or max(1, round(config.epochs * steps_per_epoch))
+
+
+@contextlib.contextmanager
+def saved_if_lost(state, run):
+    """Saves the state where another process of the job is lost, and says how to go on."""
+    try:
+        yield
+    except LostProcess as error:
+        if rank() == 0:
+            save_checkpoint(run / "checkpoint.pt", state)
+        raise LostProcess(f"{error} after step {state.step}; go on from its checkpoint with --resume {run}")
 
 
 def training_images(config, content=None):
@@ -1297,11 +1506,103 @@ def trunc_name(trunc):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# How fast it is here
+
+
+def bench(config, seconds=20):
+    """Measures for so many seconds, after some steps to warm up, the training that config describes.
+
+    Returns a dict with times in seconds, medians of single steps: step_s of a whole step, and parts_s of its parts,
+    which wait for the device. FLOP are the products and sums of convolutions and matrix products; matmul_flop_per_s is
+    what a square matrix product of the same dtype reaches. peak_bytes is the device's memory, on a CPU the process's. run_s
+    leaves out the pictures and checkpoints. Raises UserError.
+    """
+    config = resolve(config)
+    device = pick_device(config.device)
+    images, labels, classes = training_images(config)
+    if config.augment == "auto":
+        config = replace(config, augment=auto_policy(len(images)))
+    state = new_state(config, classes, device)
+    data = batches(place(images, device), labels, config, device)
+    with FlopCounterMode(display=False) as counter:
+        train_step(state, data)
+    if config.compile:
+        state = compiled(state)
+    whole, parts = [], []
+    for _ in range(5):
+        train_step(state, data)
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        whole.append(timed(device, train_step, state, data)[0])
+        parts.append(timed_parts(state, data, device))
+    step_s = float(np.median(whole))
+    dtype = state.amp_dtype or torch.float32
+    n, name = 2048, f"cpu, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        n, name = 8192, torch.cuda.get_device_name(device)
+    a, b = torch.rand(2, n, n).to(device, dtype)
+    product_s = float(np.median([timed(device, torch.mm, a, b)[0] for _ in range(9)]))
+    steps = length(config, len(images))[1]
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "step_s": step_s,
+        "parts_s": {name: float(np.median([part[name] for part in parts])) for name in parts[0]},
+        "images_per_s": config.batch / step_s,
+        "flop_per_step": counter.get_total_flops(),
+        "flop_per_s": counter.get_total_flops() / step_s,
+        "matmul_flop_per_s": 2 * n**3 / product_s,
+        "peak_bytes": peak_memory(device),
+        "steps": steps,
+        "run_s": steps * step_s,
+    }
+
+
+def timed(device, work, *args):
+    """(seconds, what work(*args) returns), with what the device has to do for it."""
+    began = time.perf_counter()
+    result = work(*args)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began, result
+
+
+def timed_parts(state, data, device):
+    """`train_step`, which returns the seconds that each part took."""
+    seconds = dict.fromkeys(("data", "samples", "D step", "G step", "EMA"), 0.0)
+
+    def run(part, work, *args):
+        taken, result = timed(device, work, *args)
+        seconds[part] += taken
+        return result
+
+    for _ in range(state.config.d_steps):
+        real, y = run("data", next, data)
+        fake = run("samples", draw_fake, state, y)
+        run("D step", update_discriminator, state, real, fake, y)
+    for i in range(state.config.g_steps):
+        run("G step", update_generator, state, run("samples", draw_fake, state, y) if i else fake, y)
+    state.step += 1
+    run("EMA", ema_update, state.G_ema, state.G, ema_beta(state.config, state.step))
+    return seconds
+
+
+def peak_memory(device):
+    """The most bytes in use so far: of the device's memory, or on a CPU of the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
 
 # What may change when a run is resumed.
-RESUMABLE = "epochs steps data data_dir device amp log_every sample_every save_minutes tensorboard".split()
+RESUMABLE = "epochs steps data data_dir device amp compile log_every sample_every save_minutes tensorboard".split()
 
 
 def hold_memory():
@@ -1320,7 +1621,7 @@ def hold_memory():
 
 def train_command(args):
     hold_memory()
-    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    given = given_flags(args)
     if not args.resume:
         return train(Config(**given))
     run = find_run(args.resume, given.pop("runs", "runs"))
@@ -1335,6 +1636,26 @@ def train_command(args):
     if "epochs" in given:
         given.setdefault("steps", None)
     return train(replace(config, **given), resume=run)
+
+
+def given_flags(args):
+    """The flags of Config that were given."""
+    return {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+
+
+def bench_command(args):
+    hold_memory()
+    r = bench(Config(**given_flags(args)))
+    if args.json:
+        return print(json.dumps(r, indent=2))
+    split = ", ".join(f"{name} {1000 * taken:.1f}" for name, taken in r["parts_s"].items())
+    minutes, seconds = divmod(round(r["run_s"]), 60)
+    print(f"{r['device']}, torch {r['torch']}, {r['dtype']}")
+    print(f"step      {1000 * r['step_s']:.1f} ms ({split}), {r['images_per_s']:.1f} images/s")
+    print(f"products  {r['flop_per_step'] / 1e9:.1f} GFLOP a step, {r['flop_per_s'] / 1e9:.0f} GFLOP/s, "
+          f"{r['flop_per_s'] / r['matmul_flop_per_s']:.2f} of a matrix product's {r['matmul_flop_per_s'] / 1e9:.0f}")
+    print(f"memory    {r['peak_bytes'] / 2**20:.0f} MiB at the most")
+    print(f"the run   {r['steps']} steps, {minutes}:{seconds:02d} minutes besides pictures and checkpoints")
 
 
 def eval_command(args):
@@ -1369,19 +1690,31 @@ def sample_command(args):
     classes = args.classes or list(range(G.num_classes)) or None
     n = args.n or (10 * len(classes) if classes else 80)
     y = take_classes(G, n, [c for c in classes for _ in range(-(-n // len(classes)))]) if classes else None  # in rows
-    write_samples(out, generate(G, n, args.trunc, y, args.seed), y)
+    write_samples(out, stream(G, n, args.trunc, y, args.seed), (n, G.size, G.size, G.channels), y)
     print(f"wrote {n} samples to {out}")
 
 
-def write_samples(out, images, y):
-    """images [n,C,H,W] as a grid .png, as .npz (images [n,H,W,C] and, unless None, labels y[n]) or as numbered .png."""
+def write_samples(out, batches, shape, y):
+    """Batches of images [n,C,H,W], as they come, as a grid .png, as .npz or as numbered .png in a folder.
+
+    The .npz holds images, uint8 of the shape [n,H,W,C], and unless y[n] is None, labels.
+    """
     if out.suffix == ".png":
-        return write_picture(out, tile(images, 10))
-    if out.suffix == ".npz":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return np.savez(out, images=images.permute(0, 2, 3, 1).numpy(), **({} if y is None else {"labels": y.numpy()}))
-    for i, image in enumerate(images):
-        write_picture(out / f"{i:05d}.png", image)
+        return write_picture(out, tile(batches, 10))
+    if out.suffix != ".npz":
+        for i, image in enumerate(itertools.chain.from_iterable(batches)):
+            write_picture(out / f"{i:05d}.png", image)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(out, "w") as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for images in batches:
+                file.write(images.permute(0, 2, 3, 1).numpy().tobytes())
+        if y is not None:
+            with archive.open("labels.npy", "w") as file:
+                np.lib.format.write_array(file, y.numpy())
 
 
 def find_run(name, runs):
@@ -1401,9 +1734,14 @@ def find_run(name, runs):
     return found[0]
 
 
+def first_rank():
+    """Whether this is the only process or the first that torchrun started; the others need not repeat what it says."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"gan.py: error: {message} (--help lists the flags)\n")
+        self.exit(2, f"gan.py: error: {message} (--help lists the flags)\n" if first_rank() else None)
 
 
 def between(least, most=2**32 - 1):
@@ -1430,22 +1768,12 @@ def class_list(text):
 
 def make_parser():
     parser = Parser(prog="gan.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(metavar="train | eval | sample", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(metavar="train | eval | sample | bench", required=True, parser_class=Parser)
 
     p = commands.add_parser("train", help="train on a folder of images or a named data set", allow_abbrev=False)
     p.set_defaults(command=train_command)
     p.add_argument("--resume", metavar="RUN", help="go on with a run")
-    for f in fields(Config):
-        about = f.metadata["help"] if f.default is None else f"{f.metadata['help']} ({f.default})"
-        kind = (typing.get_args(f.type) or (f.type,))[0]  # int | None -> int
-        if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif f.metadata["choices"]:
-            how = {"choices": f.metadata["choices"]}
-        else:
-            how = {"type": kind, "metavar": kind.__name__.upper()}
-        # Absent unless given, so that --resume can tell what was asked for.
-        p.add_argument(f"--{f.name.replace('_', '-')}", dest=f.name, default=argparse.SUPPRESS, help=about, **how)
+    add_config(p)
 
     p = commands.add_parser("eval", help="score a run", allow_abbrev=False)
     p.set_defaults(command=eval_command)
@@ -1464,7 +1792,26 @@ def make_parser():
     p.add_argument("--interpolate", action="store_true", help="rows that walk between random pairs of z")
     p.add_argument("--out", default="samples.png", help=".png for a grid, .npz, or a new folder (samples.png)")
     add_common(p)
+
+    p = commands.add_parser("bench", help="time the training of a config on this machine", allow_abbrev=False)
+    p.set_defaults(command=bench_command)
+    p.add_argument("--json", action="store_true", help="print JSON, with times in seconds")
+    add_config(p)
     return parser
+
+
+def add_config(p):
+    """A flag for each field of Config, absent unless given, so that --resume can tell what was asked for."""
+    for f in fields(Config):
+        about = f.metadata["help"] if f.default is None else f"{f.metadata['help']} ({f.default})"
+        kind = (typing.get_args(f.type) or (f.type,))[0]  # int | None -> int
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif f.metadata["choices"]:
+            how = {"choices": f.metadata["choices"]}
+        else:
+            how = {"type": kind, "metavar": kind.__name__.upper()}
+        p.add_argument(f"--{f.name.replace('_', '-')}", dest=f.name, default=argparse.SUPPRESS, help=about, **how)
 
 
 def add_common(p):
@@ -1477,9 +1824,14 @@ def add_common(p):
 def main(argv=None):
     """Runs a command line; returns its exit status: 0, or 2 after one line on stderr about what cannot be done."""
     args = make_parser().parse_args(argv)
+    tells = first_rank()
     try:
+        if args.command is not train_command and "RANK" in os.environ:
+            raise UserError("torchrun is for train; start this command with python")
         args.command(args)
         return 0
+    except LostProcess as error:
+        message, tells = str(error), True
     except (UserError, OSError) as error:
         message = str(error)
     except RuntimeError as error:
@@ -1489,11 +1841,16 @@ def main(argv=None):
     except KeyboardInterrupt:
         say("interrupted")
         return 130
-    if sys.stdout.isatty():
-        print()  # below the line of progress
-    print(f"gan.py: error: {message}", file=sys.stderr)
+    if tells:
+        if sys.stdout.isatty():
+            print()  # below the line of progress
+        print(f"gan.py: error: {message}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if n_ranks() > 1:  # gloo can hang where it is taken down (torch 2.6) and abort where it is not (2.15)
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

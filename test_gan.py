@@ -367,7 +367,7 @@ def test_color_equals_the_formula():
     torch.manual_seed(1)
     out = gan.diff_augment(x, "color")
     torch.manual_seed(1)
-    brightness, saturation, contrast = torch.rand(3, 3)
+    brightness, saturation, contrast = torch.rand(3, 3).T
     for n in range(3):
         expected = x[n].numpy() + brightness[n].item() - 0.5
         gray = expected.mean(axis=0)
