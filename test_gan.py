@@ -15,6 +15,7 @@ import sys
 import tarfile
 import threading
 import urllib.error
+import weakref
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -160,8 +161,11 @@ def convolve(layer, x):
     return F.conv2d(x, true_weight(layer), layer.bias, padding=layer.kernel_size[0] // 2)
 
 
-def textbook_generator(G, z, y):
-    """G's forward pass as it is usually written: upsample first, then norm, ReLU and convolution."""
+def textbook_generator(G, z, y, statistics=None):
+    """G's forward pass as it is usually written: upsample first, then norm, ReLU and convolution.
+
+    To the list statistics it appends each adaptive norm with the mean and the variance, over all pixels, of its input.
+    """
 
     def up(h):
         return h.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
@@ -169,6 +173,8 @@ def textbook_generator(G, z, y):
     def norm(layer, h, e):
         gain, bias = (e @ true_weight(layer.gain_bias).T + layer.gain_bias.bias).chunk(2, dim=1)
         mean, var = h.mean((0, 2, 3), keepdim=True), h.var((0, 2, 3), keepdim=True, correction=0)
+        if statistics is not None:
+            statistics.append((layer.norm, mean.detach().flatten(), var.detach().flatten()))
         return (h - mean) / (var + 1e-5).sqrt() * (1 + gain)[:, :, None, None] + bias[:, :, None, None]
 
     e = torch.cat([z, G.embed.weight[y]], 1)
@@ -212,6 +218,42 @@ def test_networks_equal_their_textbook_form():
     D, x = randomized(gan.Discriminator(32, 3, 4, 8, 3)), torch.rand(4, 3, 32, 32) * 2 - 1
     settle(D, x, y)
     assert torch.allclose(D(x, y), textbook_discriminator(D, x, y), rtol=0, atol=1e-5)
+
+
+def gradients(net, loss):
+    names, parameters = zip(*net.named_parameters())
+    return dict(zip(names, torch.autograd.grad(loss, parameters, retain_graph=True)))
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_networks_have_the_gradients_and_statistics_of_their_textbook_form(size):
+    torch.manual_seed(0)
+    y = torch.tensor([0, 1, 2, 1])
+    G, z = randomized(gan.Generator(size, 3, 4, 8, 8, 3)), torch.randn(4, 8, requires_grad=True)
+    D, x = randomized(gan.Discriminator(size, 3, 4, 8, 3)), (torch.rand(4, 3, size, size) * 2 - 1).requires_grad_()
+    settle(D, x, y)
+    D.eval()  # the power iterations rest
+    statistics = []
+    pairs = [
+        (G, z, G(z, y), textbook_generator(G, z, y, statistics)),
+        (D, x, D(x, y), textbook_discriminator(D, x, y)),
+    ]
+    for net, given, fast, textbook in pairs:
+        weights = torch.randn_like(fast)
+        ours, theirs = ((out * weights).sum() for out in (fast, textbook))
+        ours, theirs = (
+            gradients(net, loss) | {"input": torch.autograd.grad(loss, given)[0]} for loss in (ours, theirs)
+        )
+        assert ours.keys() == theirs.keys()
+        largest = max(g.abs().max() for g in theirs.values())
+        for name in ours:
+            assert torch.allclose(ours[name] / largest, theirs[name] / largest, rtol=0, atol=1e-5), name
+    for block, (norm, mean, var) in zip([b for b in G.blocks for _ in range(2)], statistics):
+        # The first norm of a block sees each pixel once, the textbook's four times: the same mean and variance, but the
+        # running variance is that of a sample, and the samples are of different numbers.
+        n = 4 * 16 * 4 ** (list(G.blocks).index(block) + (norm is block.norm2.norm))
+        assert torch.allclose(norm.running_mean, 0.1 * mean, rtol=0, atol=1e-5)
+        assert torch.allclose(norm.running_var, 0.9 + 0.1 * var * n / (n - 1), rtol=0, atol=1e-5)
 
 
 def test_spectral_norm_gives_unit_norm_and_holds_still_in_eval_mode():
@@ -844,6 +886,153 @@ def test_training_learns_the_classes(tmp_path):
     assert end_distance < start_distance / 4
 
 
+def losses_of(run):
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return torch.tensor([[row["loss_D"], row["loss_G"]] for row in rows])
+
+
+# Adam's first steps have the size of the learning rate whatever the gradient is, so where a gradient is zero but for
+# rounding, two float32 runs part: within a few steps at the usual rates, and not within 20 at these.
+SLOW = ["--lr-G", "1e-6", "--lr-D", "4e-6", "--log-every", "1"]
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_training_is_eager_training(tmp_path, capsys):
+    for name, flags in (("eager", []), ("compiled", ["--compile"])):
+        flags = [*TOY_FLAGS, *SLOW, "--steps", "5", "--runs", str(tmp_path), "--name", name, *flags]
+        assert gan.main(["train", *flags]) == 0
+    assert "does not work" not in capsys.readouterr().out
+    assert (losses_of(tmp_path / "eager") - losses_of(tmp_path / "compiled")).abs().max() < 1e-4
+
+
+def test_compile_says_why_it_goes_on_without(tmp_path, capsys, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("no compiler here\nand more")
+
+    flags = [*TOY_FLAGS, *SLOW, "--steps", "2", "--runs", str(tmp_path)]
+    assert gan.main(["train", *flags, "--name", "eager"]) == 0
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: setattr(self, "forward", broken))
+    assert gan.main(["train", *flags, "--name", "compiled", "--compile"]) == 0
+    assert "going on without: RuntimeError: no compiler here\n" in capsys.readouterr().out
+    assert torch.equal(losses_of(tmp_path / "eager"), losses_of(tmp_path / "compiled"))
+
+
+def test_bench_counts_the_products_and_adds_up():
+    config = gan.Config(**TOY, cond=True, augment="none", steps=77)
+    result = gan.bench(config, seconds=1)
+    # Widths 4, 8, 8 at 16, 8, 4 pixels: multiply-adds of each convolution and matrix product for one image.
+    box = lambda channels, pixels: 4 * channels * pixels  # noqa: E731, 2 x 2 pixels, each channel by itself
+    D_first = 3 * 4 * 9 * 16**2
+    D_rest = 4 * 8 * 9 * 16**2 + 8 * 8 * 9 * 8**2 + 4 * 8 * 8**2  # a block: two convolutions and the skip
+    D_rest += 8 * 8 * 9 * 8**2 + 8 * 8 * 9 * 4**2
+    D_boxes = box(8, 17**2) + box(8, 9**2)
+    G_linear = 16 * (8 * 4 * 4 + 2 * (8 + 8 + 8 + 4))  # the first layer and the gains and biases of four norms
+    G_rest = (
+        8 * 8 * 9 * 4**2 + 8 * 8 * 9 * 8**2 + 8 * 4 * 9 * 8**2 + 4 * 4 * 9 * 16**2 + 8 * 4 * 8**2 + 4 * 3 * 9 * 16**2
+    )
+    G_boxes = box(8, 16**2 // 4) + box(4, 16**2)
+    D_last = 8
+    # Forward, gradient of the weights, gradient of the input: all three, but for fixed weights and inputs.
+    D_step = 2 * (2 * D_first + 3 * (D_rest + D_last) + 2 * D_boxes)
+    G_step = 3 * (G_linear + G_rest) + 2 * G_boxes + 2 * (D_first + D_rest + D_last + D_boxes)
+    assert abs(result["flop_per_step"] / (2 * 8 * (D_step + G_step)) - 1) < 0.02
+    assert result["steps"] == 77 and abs(result["run_s"] - 77 * result["step_s"]) < 1e-9
+    assert abs(result["images_per_s"] * result["step_s"] - 8) < 1e-9
+    assert abs(result["flop_per_s"] * result["step_s"] / result["flop_per_step"] - 1) < 1e-9
+    assert 0.5 < sum(result["parts_s"].values()) / result["step_s"] < 2
+    assert result["matmul_flop_per_s"] > 1e9 and result["peak_bytes"] > 50 * 2**20
+
+
+def torchrun_words(*argv):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ["--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    return [sys.executable, "-m", "torch.distributed.run", *where, *map(str, argv)]
+
+
+def torchrun(*argv, cwd=None):
+    return subprocess.run(torchrun_words(*argv), cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_two_processes_train_as_one(tmp_path, folder, run):
+    flags = [*TOY_FLAGS, *SLOW, "--data", folder, "--cond", "--steps", "20", "--runs", tmp_path]
+    assert gan.main(["train", *map(str, flags), "--name", "one"]) == 0
+    done = torchrun(HERE / "gan.py", "train", *flags, "--name", "two")
+    assert done.returncode == 0, done.stderr
+    one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+    assert len(one) == len(two) == 20 and (one - two).abs().max() < 1e-4
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in run.iterdir()} - {"eval.json"}
+    assert done.stdout.count("steps done") == 1  # one of them speaks
+
+    # At the usual rates, in float64: the networks' weights and statistics too.
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import os, sys, torch\n"
+        f"sys.path.insert(0, {str(HERE)!r})\n"
+        "import gan\n"
+        "torch.set_default_dtype(torch.float64)\n"
+        "torch.Tensor.float = torch.Tensor.double\n"
+        "config = gan.resolve(gan.Config(loss='hinge', cond=True, size=16, width=4, max_width=8, z_dim=8, batch=8))\n"
+        "config = gan.replace(config, augment='color,translation,cutout')\n"
+        "device = gan.join_job(config)\n"
+        "images, labels, classes = gan.load_images('synthetic', 16, 3)\n"
+        "state = gan.new_state(config, classes, device)\n"
+        "data = gan.batches(images, labels, config, device)\n"
+        "for _ in range(20):\n"
+        "    gan.train_step(state, data)\n"
+        "z = gan.part(lambda n: gan.sample_z(n, 8), 4)\n"
+        "torch.save([state.G.state_dict(), state.D.state_dict(), z], f'{sys.argv[1]}-{gan.rank()}')\n"
+        "os._exit(0)\n"  # see the end of gan.py
+    )
+    subprocess.run([sys.executable, script, tmp_path / "one"], check=True, timeout=120)
+    done = torchrun(script, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    one, first, second = (torch.load(tmp_path / name) for name in ("one-0", "two-0", "two-1"))
+    for a, b, c in zip(one[:2], first[:2], second[:2]):
+        for name in a:
+            assert (a[name] - b[name]).abs().max() < 1e-9 and (a[name] - c[name]).abs().max() < 1e-9, name
+    assert (first[2] - second[2]).abs().min() > 1e-6  # each has noise of its own
+
+
+def test_a_lost_process_ends_the_job_with_a_checkpoint(tmp_path, folder):
+    # The second process kills itself in its tenth step.
+    (tmp_path / "killed.py").write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(HERE)!r})\n"
+        "import gan\n"
+        "train_step = gan.train_step\n"
+        "def killed(state, data):\n"
+        "    if state.step == 9 and gan.rank() == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return train_step(state, data)\n"
+        "gan.train_step = killed\n"
+        "os._exit(gan.main(sys.argv[1:]))\n"
+    )
+    flags = ["train", *TOY_FLAGS, "--data", folder, "--runs", tmp_path, "--name", "lost"]
+    done = torchrun(tmp_path / "killed.py", *flags, "--steps", 1000)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("gan.py")]
+    assert done.returncode != 0 and len(errors) == 1 and "lost after step 9" in errors[0], done.stderr
+    assert gan.read_checkpoint(tmp_path / "lost" / "checkpoint.pt")["step"] == 9
+    assert gan.main(["train", "--resume", str(tmp_path / "lost"), "--steps", "12"]) == 0
+
+
+@pytest.mark.parametrize(
+    "argv, hint",
+    [
+        (["train", "--batch", "7"], "same number"),
+        (["train", "--data", "nowhere"], "no folder"),
+        (["train", "--compile"], "single process"),
+        (["sample"], "torchrun is for train"),
+    ],
+)
+def test_errors_under_torchrun_are_told_once(argv, hint, tmp_path):
+    done = torchrun(HERE / "gan.py", *argv, *([] if argv == ["sample"] else ["--device", "cpu"]), cwd=tmp_path)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("gan.py")]
+    assert done.returncode != 0 and len(errors) == 1 and hint in errors[0], done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands, as a user gives them
 
@@ -1055,6 +1244,29 @@ def test_sample_outputs(run, tmp_path):
         == 0
     )
     assert Image.open(tmp_path / "w.png").size == (10 * 18 + 2, 8 * 18 + 2)
+
+
+@pytest.mark.parametrize("out", ["many.npz", "many"])
+def test_samples_go_to_disk_as_they_come(out, tmp_path):
+    alive = set()
+
+    def batches():
+        for i in range(5):
+            images = torch.full((2, 3, 16, 16), i, dtype=torch.uint8)
+            alive.add(i)
+            weakref.finalize(images, alive.discard, i)
+            yield images
+            del images
+            assert len(alive) <= 1
+
+    y = torch.arange(10)
+    gan.write_samples(tmp_path / out, batches(), (10, 16, 16, 3), y)
+    if out == "many.npz":
+        content = np.load(tmp_path / out)
+        assert content["images"].shape == (10, 16, 16, 3) and content["images"].dtype == np.uint8
+        assert (content["images"][:, 0, 0, 0] == np.arange(10) // 2).all() and (content["labels"] == y.numpy()).all()
+    else:
+        assert len(list((tmp_path / out).iterdir())) == 10
 
 
 class Recorder(gan.Generator):
@@ -1938,14 +2150,6 @@ def test_two_processes_score_as_one(tmp_path, folder, extractor_file, division_e
         "            json.dump(scores, file)\n"
         "os._exit(0)\n"  # see the end of metrics.py
     )
-
-    def torchrun(*argv):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        where = ["--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-        argv = [sys.executable, "-m", "torch.distributed.run", *where, *argv]
-        return subprocess.run(argv, capture_output=True, text=True, timeout=120)
 
     done = torchrun(script, extractor_file, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""gan.py's training step beside a textbook loop of the very same networks: images a second, memory, sampling.
+"""gan.py's training step and sampling beside a textbook loop of the very same networks: the table of the README.
 
-    python bench/speed.py                                        # 64 px, width 32, batch 32, conditional, float32
-    python bench/speed.py --size 32 --width 16 --batch 64
-    python bench/speed.py --amp bf16 --profile                   # and where the time goes
+    python bench/speed.py                     # all that this machine can do, some fifteen minutes on two cores
+    python bench/speed.py train64 memory      # some of it
+    python bench/speed.py profile             # where the time of a step goes
 
 The textbook: nearest upsampling, then a convolution; a convolution, then average pooling; NCHW; D looks at real and fake in
-two passes, and takes gradients of its own in G's step; Adam and averaged weights in Python loops; .item() at every step;
-float32. Both loops run in one process, in turns; times are medians.
+two passes, and takes gradients of its own in G's step; samples of its own for each network; Adam and averaged weights in
+Python loops; .item() at every step; float32. Both loops run in one process, in turns; times are medians. Memory is that of
+two processes.
 """
 
 import argparse
+import collections
 import copy
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gan  # noqa: E402
@@ -125,66 +129,157 @@ def textbook_step(state, data):
 # Measuring
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_in_turns(turns, works, device):
-    """The seconds of each turn of each work, [len(works)][turns]; the works take turns."""
-    seconds = [[] for _ in works]
-    for _ in range(turns):
-        for work, taken in zip(works, seconds):
-            synchronize(device)
-            started = time.perf_counter()
-            work()
-            synchronize(device)
-            taken.append(time.perf_counter() - started)
-    return seconds
-
-
-def make_states(args):
-    config = gan.Config(
-        loss="hinge", cond=True, size=args.size, width=args.width, batch=args.batch, amp=args.amp, device=args.device
-    )
-    config = gan.replace(gan.resolve(config), augment=args.augment)
+def make_state(size, batch, amp="off"):
+    """(a State of the default width, a stream of data for it): conditional, hinge, on the GPU if there is one."""
+    config = gan.resolve(gan.Config(loss="hinge", cond=True, size=size, batch=batch, amp=amp))
+    config = gan.replace(config, augment="color,translation,cutout")
     device = gan.pick_device(config.device)
     images, labels, classes = gan.load_images("synthetic", config.size, config.channels)
-    torch.manual_seed(0)
     state = gan.new_state(config, classes, device)
-    data = gan.batches(gan.place(images, device), labels, config, device)
-    return state, textbook_state(state), data, device
+    return state, gan.batches(gan.place(images, device), labels, config, device)
+
+
+def in_turns(turns, works, warm_up=5):
+    """The median seconds of each work; they take turns."""
+    seconds = [[] for _ in works]
+    for turn in range(warm_up + turns):
+        for work, taken in zip(works, seconds):
+            started = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= warm_up:
+                taken.append(time.perf_counter() - started)
+    return [statistics.median(taken) for taken in seconds]
+
+
+def row(work, ours, textbook, ratio):
+    print(f"| {work} | {ours} | {textbook} | {ratio} |", flush=True)
+
+
+def training(size, batch, amp="off", turns=9):
+    state, data = make_state(size, batch, amp)
+    other = textbook_state(state)
+    slow, fast = in_turns(turns, [lambda: textbook_step(other, data), lambda: gan.train_step(state, data)])
+    work = f"training, {size} px, batch {batch}, {'bfloat16' if amp == 'bf16' else 'float32'}"
+    row(work, f"{batch / fast:.1f} images/s", f"{batch / slow:.1f} images/s", f"{slow / fast:.2f}x")
+
+
+def sampling(n=640):
+    G = make_state(64, 64)[0].G_ema
+    other = textbook(G)
+    works = [lambda: gan.generate(other, n), lambda: gan.generate(G, n)]
+    slow, fast = in_turns(3, works, warm_up=1)
+    row(f"{n} samples, 64 px, batch 64", f"{n / fast:.1f} images/s", f"{n / slow:.1f} images/s", f"{slow / fast:.2f}x")
+
+
+def memory(size=64, batch=32):
+    """Each loop in a process of its own."""
+    peaks = []
+    for which in ("gan.py", "textbook"):
+        argv = [sys.executable, __file__, "--peak", which, str(size), str(batch)]
+        peaks.append(int(subprocess.run(argv, check=True, capture_output=True, text=True).stdout))
+    ours, theirs = peaks
+    row(f"peak memory, {size} px, batch {batch}, float32", f"{ours} MiB", f"{theirs} MiB", f"{theirs / ours:.2f}x")
+
+
+def peak(which, size, batch, steps=8):
+    """The MiB that a loop takes at the most, beyond what the process has after its first import of everything."""
+    if which == "gan.py":
+        gan.hold_memory()  # as the train command does
+    state, data = make_state(int(size), int(batch))
+    if which == "textbook":
+        state = textbook_state(state)
+    before = gan.peak_memory(gan.device_of(state.G))
+    for _ in range(steps):
+        textbook_step(state, data) if which == "textbook" else gan.train_step(state, data)
+    return (gan.peak_memory(gan.device_of(state.G)) - before) // 2**20
+
+
+def aging(young=200, old=2000, turns=100):
+    """Two states, one that has gone on for 1,800 steps more, then in turns."""
+    states = [make_state(32, 16) for _ in range(2)]
+    for (state, data), age in zip(states, (young, old)):
+        for _ in range(age):
+            gan.train_step(state, data)
+    first, second = in_turns(turns, [lambda s=s, d=d: gan.train_step(s, d) for s, d in states])
+    row(
+        f"a step after {old:,} and after {young}",
+        f"{1000 * second:.1f} ms",
+        f"{1000 * first:.1f} ms",
+        f"{second / first:.3f}",
+    )
+
+
+class Stopwatch(TorchDispatchMode):
+    """Sums the seconds of each operator on the CPU, by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = collections.Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        started = time.perf_counter()
+        result = operator(*args, **(kwargs or {}))
+        self.seconds[operator.name().removeprefix("aten::")] += time.perf_counter() - started
+        return result
+
+
+def profile(size=64, batch=32, steps=5):
+    """The largest costs of a step, of both loops."""
+    state, data = make_state(size, batch)
+    other = textbook_state(state)
+    for name, work in (
+        ("textbook", lambda: textbook_step(other, data)),
+        ("gan.py", lambda: gan.train_step(state, data)),
+    ):
+        in_turns(1, [work])
+        with Stopwatch() as watch:
+            for _ in range(steps):
+                work()
+        total = sum(watch.seconds.values())
+        costs = ", ".join(f"{operator} {taken / total:.0%}" for operator, taken in watch.seconds.most_common(6))
+        print(f"{name}: {total / steps:.2f} s a step; {costs}", flush=True)
+
+
+def compiling():
+    state, data = make_state(64, 64 if torch.cuda.is_available() else 32, "bf16")
+    fast = gan.compiled(state)
+    eager, compiled = in_turns(9, [lambda: gan.train_step(state, data), lambda: gan.train_step(fast, data)])
+    row(
+        "a step, 64 px, bfloat16, --compile and eager",
+        f"{1000 * compiled:.1f} ms",
+        f"{1000 * eager:.1f} ms",
+        f"{eager / compiled:.2f}x",
+    )
+
+
+WORKS = {
+    "train64": lambda: training(64, 32),
+    "train64-bf16": lambda: training(64, 32, "bf16"),
+    "train32": lambda: training(32, 64, turns=25),
+    "cuda": lambda: training(64, 64, "bf16", turns=50),
+    "sampling": sampling,
+    "memory": memory,
+    "aging": aging,
+    "compile": compiling,
+    "profile": profile,
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--amp", default="off")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--augment", default="color,translation,cutout")
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("works", nargs="*", default="all", choices=["all", *WORKS], help="what to measure (all)")
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.peak:
+        return print(peak(*args.peak))
     gan.hold_memory()  # as the train command does; it serves both
-    state, other, data, device = make_states(args)
-    works = [lambda: textbook_step(other, data), lambda: gan.train_step(state, data)]
-    seconds_in_turns(4, works, device)
-    if args.profile:
-        return profile(state, data)
-    slow, fast = (statistics.median(s) for s in seconds_in_turns(args.turns, works, device))
-    print(
-        f"step: textbook {slow:.3f} s, gan.py {fast:.3f} s, {slow / fast:.2f}x, {args.batch / fast:.1f} images/s",
-        flush=True,
-    )
-
-
-def profile(state, data):
-    with torch.profiler.profile(record_shapes=True) as prof:
-        for _ in range(2):
-            gan.train_step(state, data)
-    print(prof.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs\n")
+    print("| work | gan.py | textbook | ratio |\n| --- | ---: | ---: | ---: |")
+    here = [name for name in WORKS if name != "cuda" or torch.cuda.is_available()]
+    for name in here if "all" in args.works else args.works:
+        WORKS[name]()
 
 
 if __name__ == "__main__":
