@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import typing
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -98,7 +99,7 @@ class Config:
     seed: int = option(0, "seed of weights, noise and data order")
     device: str = option("auto", "auto (cuda if there is one), cpu, cuda, cuda:1, ...")
     amp: str = option("auto", "autocast; auto: bf16 or else fp16 on cuda, off on cpu", ("auto", "bf16", "fp16", "off"))
-    compile: bool = option(False, "torch.compile, on cuda with CUDA graphs; takes minutes before the first step")
+    compile: bool = option(False, "torch.compile the networks, which takes minutes before the first step")
     runs: str = option("runs", "folder that holds the runs")
     name: str | None = option(None, "name of the run's folder (the next free number and what it is)")
     log_every: int = option(20, "steps between two lines of log.jsonl")
@@ -155,34 +156,56 @@ def resolve(config):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several processes, started by torchrun: each holds the whole state and takes its part of every batch. All draw the same
-# random numbers for the whole batch and keep those of their part, so that a job computes what one process would.
+# Several processes, started by torchrun: each holds the whole state and takes its part of every batch. All draw the
+# same random numbers for the whole batch and keep those of their part, so a job computes what one process would.
 
 
 class LostProcess(UserError):
-    """Another process of the job has gone."""
+    """Another process of the job has gone, or cannot be reached."""
 
 
-def join_job(config):
-    """The torch.device of this process, which joins the others if torchrun started it. Raises UserError."""
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        return pick_device(config.device)
-    on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
-    if config.batch % n_ranks() or config.batch == n_ranks():
-        raise UserError(f"--batch {config.batch} must give each of {n_ranks()} processes the same number, 2 or more")
-    if config.compile and n_ranks() > 1:
-        raise UserError("--compile is for a single process")
-    return agreed(lambda: pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda else config.device))
+def launched():
+    """Whether torchrun started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def joined():
+    return dist.is_available() and dist.is_initialized()
 
 
 def n_ranks():
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if joined() else 1
 
 
 def rank():
-    return dist.get_rank() if n_ranks() > 1 else 0
+    return dist.get_rank() if joined() else 0
+
+
+def on_cuda(device):
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+
+
+def join(device):
+    """Joins the other processes, if torchrun started this one and it has not joined yet."""
+    if launched() and not joined():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda(device) else "gloo")
+
+
+def pick_rank_device(config):
+    """The torch.device of this process. Raises UserError, in all processes, where the config does not suit them."""
+    if not launched():
+        return pick_device(config.device)
+    if config.batch % n_ranks():
+        raise UserError(f"--batch {config.batch} must give each of {n_ranks()} processes the same number")
+    if config.compile and n_ranks() > 1:
+        raise UserError("--compile is for a single process")
+    if ":" in config.device:
+        raise UserError(f"torchrun gives each process a device of its own: --device cuda, not {config.device}")
+    name = f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda(config.device) else config.device
+    device = agreed(lambda: pick_device(name))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def part(draw, n):
@@ -190,12 +213,19 @@ def part(draw, n):
     return draw(n * n_ranks())[rank() * n : (rank() + 1) * n]
 
 
-def reduce(tensor, op=dist.ReduceOp.SUM):
-    """dist.all_reduce in place. Raises LostProcess if one of the others no longer answers."""
+@contextlib.contextmanager
+def answered():
+    """Raises LostProcess where the others do not take part in what is done together."""
     try:
-        dist.all_reduce(tensor, op)
+        yield
     except RuntimeError as error:
-        raise LostProcess("another process of the job was lost") from error
+        raise LostProcess(f"another process of the job was lost: {str(error).splitlines()[0]}") from error
+
+
+def reduce(tensor, largest=False):
+    """The tensor, replaced by its sum over the processes, or by the largest of its values."""
+    with answered():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return tensor
 
 
@@ -210,27 +240,28 @@ def average(tensors):
 
 def anyone(*flags):
     """For each flag, whether it is true in any process."""
-    return flags if n_ranks() == 1 else reduce(torch.tensor(flags).int(), dist.ReduceOp.MAX).bool().tolist()
+    return flags if n_ranks() == 1 else reduce(torch.tensor(flags).int(), largest=True).bool().tolist()
 
 
 def gather(value):
     """The value of each process, in the order of their ranks."""
     values = [value] * n_ranks()
     if len(values) > 1:
-        dist.all_gather_object(values, value)
+        with answered():
+            dist.all_gather_object(values, value)
     return values
 
 
 def agreed(work):
-    """work(); an error that a user can mend in one process is raised in all. On each host the first process goes first,
-    and fills the cache for the others."""
+    """work(); where it raises a UserError or OSError in one process, all raise the UserError. On each host the first
+    process goes first, and fills the cache for the others."""
     result = error = None
     for firsts in (True, False):
-        if firsts == (os.environ.get("LOCAL_RANK", "0") == "0"):
+        if firsts == (not launched() or os.environ["LOCAL_RANK"] == "0"):
             try:
                 result = work()
             except (UserError, OSError) as caught:
-                error = caught
+                error = UserError(str(caught))
         for caught in gather(error):
             if caught:
                 raise caught
@@ -259,16 +290,17 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(h)
         var, mean = torch.var_mean(h.float(), dim=(0, 2, 3), correction=0)  # [C] each
-        mean, square = SumOverRanks.apply(torch.stack([mean, var + mean**2])) / n_ranks()
-        var = square - mean**2
+        whole = SumOverRanks.apply(mean) / n_ranks()
+        var = SumOverRanks.apply(var + (mean - whole) ** 2) / n_ranks()
         with torch.no_grad():
             n = n_ranks() * h.numel() / h.shape[1]
-            self.running_mean.lerp_(mean, self.momentum)
+            self.running_mean.lerp_(whole, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
             self.num_batches_tracked += 1
-        scale = (var + self.eps).rsqrt() * (self.weight if self.affine else 1)
-        shift = (self.bias if self.affine else 0) - mean * scale
-        return torch.addcmul(shift[:, None, None], h, scale[:, None, None]).to(h.dtype)
+        out = (h - whole[:, None, None]) * (var + self.eps).rsqrt()[:, None, None]
+        if self.affine:
+            out = torch.addcmul(self.bias[:, None, None], out, self.weight[:, None, None])
+        return out.to(h.dtype)
 
 
 def synchronize_norms(net):
@@ -327,18 +359,18 @@ def orthogonal_init(net):
     return layers
 
 
-def box(x, weight, padding=0):
-    """Sums of 2x2 pixels times weight, at every pixel. [N,C,H,W] -> [N,C,H-1+2 padding,W-1+2 padding]"""
+def box(x, divisor, padding=0):
+    """Sums of 2x2 pixels over divisor, at every pixel. [N,C,H,W] -> [N,C,H-1+2 padding,W-1+2 padding]"""
     if x.is_cuda:
-        return F.avg_pool2d(x, 2, stride=1, padding=padding, divisor_override=1) * weight
+        return F.avg_pool2d(x, 2, stride=1, padding=padding, divisor_override=divisor)
     # On the CPU a depthwise convolution is the faster of the two, in bfloat16 five times.
-    return F.conv2d(x, x.new_full((x.shape[1], 1, 2, 2), weight), padding=padding, groups=x.shape[1])
+    return F.conv2d(x, x.new_full((x.shape[1], 1, 2, 2), 1 / divisor), padding=padding, groups=x.shape[1])
 
 
 def conv_pool(conv, x):
     """avg_pool2d(conv(x), 2) for a 3x3 conv, with a quarter of its products. [N,C,H,W] -> [N,K,H/2,W/2]"""
     # Means taken before the convolution instead of after it; then every second result is enough.
-    return F.conv2d(box(x, 1 / 4, padding=1), conv.weight, conv.bias, stride=2)
+    return F.conv2d(box(x, 4, padding=1), conv.weight, conv.bias, stride=2)
 
 
 def upsample_conv(conv, x):
@@ -845,13 +877,13 @@ def batches(images, labels, config, device, start=0):
     does not fill a batch is left out of an epoch. Of several processes each gets its part.
     """
     per_epoch = len(images) // config.batch
-    order = None
+    labels, order = labels.to(images.device), None
     for epoch, i in (divmod(k, per_epoch) for k in itertools.count(start)):
         if order is None or i == 0:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(images), generator=generator)
+            order = torch.randperm(len(images), generator=generator).to(images.device)
         index = order[i * config.batch : (i + 1) * config.batch].chunk(n_ranks())[rank()]
-        x = images[index.to(images.device)].to(device, non_blocking=True).float() / 127.5 - 1
+        x = images[index].to(device, non_blocking=True).float() / 127.5 - 1
         if config.flip:
             draws = part(lambda n: torch.rand(n, 1, 1, 1, device=device), len(x))
             x = torch.where(draws < 0.5, x.flip(3), x)
@@ -1025,8 +1057,7 @@ def new_generator(config, num_classes):
 def ema_update(G_ema, G, beta):
     """Averaged weights: G_ema = beta * G_ema + (1 - beta) * G; the buffers are copied."""
     torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - beta)
-    for averaged, buffer in zip(G_ema.buffers(), G.buffers()):
-        averaged.copy_(buffer)
+    torch._foreach_copy_(list(G_ema.buffers()), list(G.buffers()))
 
 
 def ema_beta(config, step):
@@ -1177,7 +1208,7 @@ def say(line):
 
 def show(line):
     """Prints a line of progress, which the next line replaces on a terminal."""
-    if not sys.stdout.isatty():
+    if rank() > 0 or not sys.stdout.isatty():
         return say(line)
     print(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
@@ -1245,7 +1276,7 @@ def descend(state, optimizer, loss):
 
 
 def draw_fake(state, y):
-    """Samples [B,C,H,W] of the classes y[B], with G's graph behind them."""
+    """Samples [B,C,H,W] of the classes y[B], through which gradients reach G."""
     z = part(lambda n: sample_z(n, state.config.z_dim, device=y.device), len(y))
     with autocast(state):
         return state.G(z, y)
@@ -1289,9 +1320,10 @@ def train_step(state, data):
     data: an iterator such as `batches` makes. Returns float32 [4] on the device, without waiting for it: loss_D,
     loss_G, and the shares of real and of fake that D judged rightly.
     """
-    for _ in range(state.config.d_steps):
+    for left in reversed(range(state.config.d_steps)):
         real, y = next(data)
-        fake = draw_fake(state, y)
+        with torch.set_grad_enabled(left == 0):
+            fake = draw_fake(state, y)
         loss_D, right_real, right_fake = update_discriminator(state, real, fake, y)
     for i in range(state.config.g_steps):
         # G has not moved since D's last step, so its first step takes the samples that are there.
@@ -1302,12 +1334,15 @@ def train_step(state, data):
 
 
 def compiled(state):
-    """A State whose networks torch.compile runs, on CUDA as CUDA graphs; where it cannot, state, after a line that says
-    why. Tries three steps on a copy, since it fails in many ways and not before it runs."""
+    """A State whose networks torch.compile runs, D on CUDA as CUDA graphs; where it cannot, state, and a line says why.
+
+    It fails in many ways and not before it runs, so three steps are tried on a copy.
+    """
     c, device = state.config, device_of(state.G)
     fast = copy.deepcopy(state)
-    for net in (fast.G, fast.D):
-        net.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+    # G not as CUDA graphs: D's graphs, which run before G's backward pass, would overwrite what that needs.
+    fast.G.compile(dynamic=False)
+    fast.D.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
     batch = torch.zeros(c.batch, c.channels, c.size, c.size, device=device), torch.zeros(c.batch, device=device).long()
     say("compiling")
     try:
@@ -1338,7 +1373,8 @@ def train(config, resume=None):
     loss is no longer finite; the checkpoint then stays as it was last saved.
     """
     config = resolve(config)
-    device = join_job(config)
+    join(config.device)
+    device = pick_rank_device(config)
     content, images, labels, classes = agreed(lambda: open_run(config, resume))
     if len({repr(seen) for seen in gather((len(images), classes, content and content["step"]))}) > 1:
         raise UserError("the processes see different images or checkpoints; all hosts need the same --data and run")
@@ -1350,11 +1386,11 @@ def train(config, resume=None):
         raise UserError(f"{resume} has trained its {content['step']} steps; --steps or --epochs can ask for more")
 
     state = restore(content, config, device) if content else new_state(config, classes, device)
-    new_writer = summary_writer() if config.tensorboard else None
+    new_writer = agreed(lambda: summary_writer() if config.tensorboard and rank() == 0 else None)
     run = gather(agreed(lambda: Path(resume) if resume else create_run(config) if rank() == 0 else None))[0]
     if rank() == 0:
         write_whole(run / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
-    writer = new_writer(run) if new_writer and rank() == 0 else None
+    writer = new_writer(run) if new_writer else None
     del content  # as large as the state
     on = f"{n_ranks()} processes on {device.type}" if n_ranks() > 1 else device
     say(f"{run}: {len(images)} images, {len(classes)} classes, {steps} steps on {on}, augment {config.augment}, G "
@@ -1418,13 +1454,19 @@ def length(config, n_images):
 
 @contextlib.contextmanager
 def saved_if_lost(state, run):
-    """Saves the state where another process of the job is lost, and says how to go on."""
+    """Saves the state, maybe with the next step half done, where another process is lost, and says how to go on.
+
+    On CUDA the state is out of reach: what computes it waits for the lost process. The last checkpoint has to do.
+    """
     try:
         yield
     except LostProcess as error:
-        if rank() == 0:
+        if rank() == 0 and device_of(state.G).type == "cpu":
+            check_finite(state, torch.zeros(0, 4), run)
             save_checkpoint(run / "checkpoint.pt", state)
-        raise LostProcess(f"{error} after step {state.step}; go on from its checkpoint with --resume {run}")
+        there = (run / "checkpoint.pt").exists()
+        hint = f"go on with: python gan.py train --resume {run}" if there else "nothing was saved yet"
+        raise LostProcess(f"after step {state.step}, {error}; {hint}")
 
 
 def training_images(config, content=None):
@@ -1514,8 +1556,8 @@ def bench(config, seconds=20):
 
     Returns a dict with times in seconds, medians of single steps: step_s of a whole step, and parts_s of its parts,
     which wait for the device. FLOP are the products and sums of convolutions and matrix products; matmul_flop_per_s is
-    what a square matrix product of the same dtype reaches. peak_bytes is the device's memory, on a CPU the process's. run_s
-    leaves out the pictures and checkpoints. Raises UserError.
+    what a square matrix product of the same dtype reaches. peak_bytes is the device's memory, on a CPU the process's.
+    run_s leaves out the pictures and checkpoints. Raises UserError.
     """
     config = resolve(config)
     device = pick_device(config.device)
@@ -1528,19 +1570,22 @@ def bench(config, seconds=20):
         train_step(state, data)
     if config.compile:
         state = compiled(state)
-    whole, parts = [], []
     for _ in range(5):
         train_step(state, data)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    whole, parts = [], []
+    block = 10 if device.type == "cuda" else 1  # steps that follow each other without waiting for the device
     began = time.monotonic()
     while time.monotonic() - began < seconds:
-        whole.append(timed(device, train_step, state, data)[0])
+        whole.append(timed(device, lambda: [train_step(state, data) for _ in range(block)])[0] / block)
         parts.append(timed_parts(state, data, device))
-    step_s = float(np.median(whole))
+    step_s, peak_bytes = float(np.median(whole)), peak_memory(device)
     dtype = state.amp_dtype or torch.float32
     n, name = 2048, f"cpu, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         n, name = 8192, torch.cuda.get_device_name(device)
-    a, b = torch.rand(2, n, n).to(device, dtype)
+    a, b = torch.rand(2, n, n, device=device, dtype=dtype)
     product_s = float(np.median([timed(device, torch.mm, a, b)[0] for _ in range(9)]))
     steps = length(config, len(images))[1]
     return {
@@ -1553,7 +1598,7 @@ def bench(config, seconds=20):
         "flop_per_step": counter.get_total_flops(),
         "flop_per_s": counter.get_total_flops() / step_s,
         "matmul_flop_per_s": 2 * n**3 / product_s,
-        "peak_bytes": peak_memory(device),
+        "peak_bytes": peak_bytes,
         "steps": steps,
         "run_s": steps * step_s,
     }
@@ -1577,9 +1622,10 @@ def timed_parts(state, data, device):
         seconds[part] += taken
         return result
 
-    for _ in range(state.config.d_steps):
+    for left in reversed(range(state.config.d_steps)):
         real, y = run("data", next, data)
-        fake = run("samples", draw_fake, state, y)
+        with torch.set_grad_enabled(left == 0):
+            fake = run("samples", draw_fake, state, y)
         run("D step", update_discriminator, state, real, fake, y)
     for i in range(state.config.g_steps):
         run("G step", update_generator, state, run("samples", draw_fake, state, y) if i else fake, y)
@@ -1589,11 +1635,13 @@ def timed_parts(state, data, device):
 
 
 def peak_memory(device):
-    """The most bytes in use so far: of the device's memory, or on a CPU of the process's."""
+    """The most bytes in use so far: of the device's memory, or on a CPU of the process's; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -1622,9 +1670,17 @@ def hold_memory():
 def train_command(args):
     hold_memory()
     given = given_flags(args)
-    if not args.resume:
-        return train(Config(**given))
-    run = find_run(args.resume, given.pop("runs", "runs"))
+    join(given.get("device", "auto"))
+    if args.resume:
+        run, config = agreed(lambda: open_resumed(args.resume, given))
+        return train(config, resume=run)
+    return train(Config(**given))
+
+
+def open_resumed(name, given):
+    """(a run's folder, its config with the flags given now). Raises UserError for flags that cannot change."""
+    given = dict(given)
+    run = find_run(name, given.pop("runs", "runs"))
     if run.is_file():
         raise UserError(f"--resume takes a run's folder, such as {run.parent}, not a file")
     config = read_checkpoint(run / "checkpoint.pt")["config"]
@@ -1635,7 +1691,7 @@ def train_command(args):
             raise UserError(f"--{name.replace('_', '-')} cannot change on --resume; these can: {', '.join(RESUMABLE)}")
     if "epochs" in given:
         given.setdefault("steps", None)
-    return train(replace(config, **given), resume=run)
+    return run, replace(config, **given)
 
 
 def given_flags(args):
@@ -1645,7 +1701,8 @@ def given_flags(args):
 
 def bench_command(args):
     hold_memory()
-    r = bench(Config(**given_flags(args)))
+    with contextlib.redirect_stdout(sys.stderr):
+        r = bench(Config(**given_flags(args)))
     if args.json:
         return print(json.dumps(r, indent=2))
     split = ", ".join(f"{name} {1000 * taken:.1f}" for name, taken in r["parts_s"].items())
@@ -1654,7 +1711,7 @@ def bench_command(args):
     print(f"step      {1000 * r['step_s']:.1f} ms ({split}), {r['images_per_s']:.1f} images/s")
     print(f"products  {r['flop_per_step'] / 1e9:.1f} GFLOP a step, {r['flop_per_s'] / 1e9:.0f} GFLOP/s, "
           f"{r['flop_per_s'] / r['matmul_flop_per_s']:.2f} of a matrix product's {r['matmul_flop_per_s'] / 1e9:.0f}")
-    print(f"memory    {r['peak_bytes'] / 2**20:.0f} MiB at the most")
+    print(f"memory    {r['peak_bytes'] / 2**20:.0f} MiB at the most" if r["peak_bytes"] else "memory    unknown here")
     print(f"the run   {r['steps']} steps, {minutes}:{seconds:02d} minutes besides pictures and checkpoints")
 
 
@@ -1706,7 +1763,8 @@ def write_samples(out, batches, shape, y):
             write_picture(out / f"{i:05d}.png", image)
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(out, "w") as archive:
+    unfinished = out.with_suffix(".unfinished")
+    with zipfile.ZipFile(unfinished, "w") as archive:
         with archive.open("images.npy", "w", force_zip64=True) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
@@ -1715,6 +1773,7 @@ def write_samples(out, batches, shape, y):
         if y is not None:
             with archive.open("labels.npy", "w") as file:
                 np.lib.format.write_array(file, y.numpy())
+    os.replace(unfinished, out)
 
 
 def find_run(name, runs):
@@ -1736,7 +1795,7 @@ def find_run(name, runs):
 
 def first_rank():
     """Whether this is the only process or the first that torchrun started; the others need not repeat what it says."""
-    return os.environ.get("RANK", "0") == "0"
+    return not launched() or os.environ["RANK"] == "0"
 
 
 class Parser(argparse.ArgumentParser):
@@ -1824,16 +1883,15 @@ def add_common(p):
 def main(argv=None):
     """Runs a command line; returns its exit status: 0, or 2 after one line on stderr about what cannot be done."""
     args = make_parser().parse_args(argv)
-    tells = first_rank()
+    tells = True
     try:
-        if args.command is not train_command and "RANK" in os.environ:
+        if args.command is not train_command and launched():
             raise UserError("torchrun is for train; start this command with python")
         args.command(args)
         return 0
-    except LostProcess as error:
-        message, tells = str(error), True
     except (UserError, OSError) as error:
         message = str(error)
+        tells = first_rank() or not isinstance(error, UserError) or isinstance(error, LostProcess)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
@@ -1849,8 +1907,14 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    status = main()
-    if n_ranks() > 1:  # gloo can hang where it is taken down (torch 2.6) and abort where it is not (2.15)
+    try:
+        status = main()
+    except Exception:
+        if not joined():
+            raise
+        traceback.print_exc()
+        status = 1
+    if joined():  # gloo can hang where it is taken down (torch 2.6) and abort where it is not (2.15)
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

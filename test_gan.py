@@ -256,6 +256,13 @@ def test_networks_have_the_gradients_and_statistics_of_their_textbook_form(size)
         assert torch.allclose(norm.running_var, 0.9 + 0.1 * var * n / (n - 1), rtol=0, atol=1e-5)
 
 
+def test_box_is_a_pooling():
+    x = torch.randn(2, 3, 5, 6)
+    for divisor, padding in ((4, 1), (1, 0)):
+        pooled = F.avg_pool2d(x, 2, stride=1, padding=padding, divisor_override=divisor)  # as on CUDA
+        assert torch.allclose(gan.box(x, divisor, padding), pooled, rtol=0, atol=1e-6)
+
+
 def test_spectral_norm_gives_unit_norm_and_holds_still_in_eval_mode():
     torch.manual_seed(0)
     D = randomized(gan.Discriminator(16, 3, 4, 8, 3))
@@ -943,26 +950,23 @@ def test_bench_counts_the_products_and_adds_up():
     assert result["matmul_flop_per_s"] > 1e9 and result["peak_bytes"] > 50 * 2**20
 
 
-def torchrun_words(*argv):
+def torchrun(*argv, cwd=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     where = ["--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    return [sys.executable, "-m", "torch.distributed.run", *where, *map(str, argv)]
+    argv = [sys.executable, "-m", "torch.distributed.run", *where, *map(str, argv)]
+    return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
-def torchrun(*argv, cwd=None):
-    return subprocess.run(torchrun_words(*argv), cwd=cwd, capture_output=True, text=True, timeout=120)
-
-
-def test_two_processes_train_as_one(tmp_path, folder, run):
+def test_two_processes_train_as_one(tmp_path, folder):
     flags = [*TOY_FLAGS, *SLOW, "--data", folder, "--cond", "--steps", "20", "--runs", tmp_path]
     assert gan.main(["train", *map(str, flags), "--name", "one"]) == 0
     done = torchrun(HERE / "gan.py", "train", *flags, "--name", "two")
     assert done.returncode == 0, done.stderr
     one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
     assert len(one) == len(two) == 20 and (one - two).abs().max() < 1e-4
-    assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in run.iterdir()} - {"eval.json"}
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {"config.json", "checkpoint.pt", "log.jsonl", "samples"}
     assert done.stdout.count("steps done") == 1  # one of them speaks
 
     # At the usual rates, in float64: the networks' weights and statistics too.
@@ -971,11 +975,21 @@ def test_two_processes_train_as_one(tmp_path, folder, run):
         "import os, sys, torch\n"
         f"sys.path.insert(0, {str(HERE)!r})\n"
         "import gan\n"
+        "gan.join('cpu')\n"
+        "torch.manual_seed(0)\n"
+        "h = (torch.randn(8, 5, 4, 4) + 30).to(torch.bfloat16).float()\n"
+        "norm, whole = gan.SyncedBatchNorm(5), torch.nn.BatchNorm2d(5)\n"
+        "if gan.n_ranks() > 1:\n"
+        "    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):\n"
+        "        ours, theirs = norm(h.to(dtype).chunk(2)[gan.rank()]), whole(h).chunk(2)[gan.rank()]\n"
+        "        assert ours.dtype == dtype and (ours - theirs).abs().max() < error\n"
+        "    assert (norm.running_mean - whole.running_mean).abs().max() < 1e-3\n"
+        "    assert (norm.running_var - whole.running_var).abs().max() < 1e-3\n"
         "torch.set_default_dtype(torch.float64)\n"
         "torch.Tensor.float = torch.Tensor.double\n"
         "config = gan.resolve(gan.Config(loss='hinge', cond=True, size=16, width=4, max_width=8, z_dim=8, batch=8))\n"
         "config = gan.replace(config, augment='color,translation,cutout')\n"
-        "device = gan.join_job(config)\n"
+        "device = gan.pick_rank_device(config)\n"
         "images, labels, classes = gan.load_images('synthetic', 16, 3)\n"
         "state = gan.new_state(config, classes, device)\n"
         "data = gan.batches(images, labels, config, device)\n"
@@ -1012,9 +1026,10 @@ def test_a_lost_process_ends_the_job_with_a_checkpoint(tmp_path, folder):
     flags = ["train", *TOY_FLAGS, "--data", folder, "--runs", tmp_path, "--name", "lost"]
     done = torchrun(tmp_path / "killed.py", *flags, "--steps", 1000)
     errors = [line for line in done.stderr.splitlines() if line.startswith("gan.py")]
-    assert done.returncode != 0 and len(errors) == 1 and "lost after step 9" in errors[0], done.stderr
+    assert done.returncode != 0 and len(errors) == 1 and "after step 9, another process" in errors[0]
     assert gan.read_checkpoint(tmp_path / "lost" / "checkpoint.pt")["step"] == 9
-    assert gan.main(["train", "--resume", str(tmp_path / "lost"), "--steps", "12"]) == 0
+    done = torchrun(HERE / "gan.py", "train", "--resume", tmp_path / "lost", "--steps", 12)
+    assert done.returncode == 0 and "12 steps done" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -1023,6 +1038,7 @@ def test_a_lost_process_ends_the_job_with_a_checkpoint(tmp_path, folder):
         (["train", "--batch", "7"], "same number"),
         (["train", "--data", "nowhere"], "no folder"),
         (["train", "--compile"], "single process"),
+        (["train", "--resume", "nowhere"], "no run nowhere"),
         (["sample"], "torchrun is for train"),
     ],
 )

@@ -5,10 +5,10 @@
     python bench/speed.py train64 memory      # some of it
     python bench/speed.py profile             # where the time of a step goes
 
-The textbook: nearest upsampling, then a convolution; a convolution, then average pooling; NCHW; D looks at real and fake in
-two passes, and takes gradients of its own in G's step; samples of its own for each network; Adam and averaged weights in
-Python loops; .item() at every step; float32. Both loops run in one process, in turns; times are medians. Memory is that of
-two processes.
+The textbook: nearest upsampling, then a convolution; a convolution, then average pooling; NCHW; D looks at real and fake
+in two passes, and takes gradients of its own in G's step; samples of its own for each network; Adam and averaged weights
+in Python loops; .item() at every step; float32. Both loops run in one process, in turns; times are medians. Memory and
+ageing are measured in processes of their own.
 """
 
 import argparse
@@ -197,22 +197,43 @@ def peak(which, size, batch, steps=8):
 
 
 def aging(young=200, old=2000, turns=100):
-    """Two states, one that has gone on for 1,800 steps more, then in turns."""
-    states = [make_state(32, 16) for _ in range(2)]
-    for (state, data), age in zip(states, (young, old)):
-        for _ in range(age):
-            gan.train_step(state, data)
-    first, second = in_turns(turns, [lambda s=s, d=d: gan.train_step(s, d) for s, d in states])
+    """Two processes, one of which has trained for longer, take a step in turns."""
+    ages = [subprocess.Popen([sys.executable, __file__, "--age", str(age)], **PIPES) for age in (young, old)]
+    for process in ages:
+        process.stdout.readline()  # it has reached its age
+    seconds = [[], []]
+    for _ in range(turns):
+        for process, taken in zip(ages, seconds):
+            print(file=process.stdin, flush=True)
+            taken.append(float(process.stdout.readline()))
+    for process in ages:
+        process.stdin.close()
+    first, second = (1000 * statistics.median(taken) for taken in seconds)
     row(
-        f"a step after {old:,} and after {young}",
-        f"{1000 * second:.1f} ms",
-        f"{1000 * first:.1f} ms",
+        "a step, 32 px, batch 16",
+        f"{second:.1f} ms after {old:,}",
+        f"{first:.1f} ms after {young}",
         f"{second / first:.3f}",
     )
 
 
+PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+
+
+def age(steps):
+    """Trains for so many steps, then for each line on stdin one more, and prints its seconds."""
+    state, data = make_state(32, 16)
+    for _ in range(steps):
+        gan.train_step(state, data)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        gan.train_step(state, data).tolist()
+        print(time.perf_counter() - started, flush=True)
+
+
 class Stopwatch(TorchDispatchMode):
-    """Sums the seconds of each operator on the CPU, by its name."""
+    """Sums the seconds of each operator, by its name."""
 
     def __init__(self):
         super().__init__()
@@ -221,6 +242,8 @@ class Stopwatch(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         started = time.perf_counter()
         result = operator(*args, **(kwargs or {}))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.seconds[operator.name().removeprefix("aten::")] += time.perf_counter() - started
         return result
 
@@ -243,15 +266,14 @@ def profile(size=64, batch=32, steps=5):
 
 
 def compiling():
-    state, data = make_state(64, 64 if torch.cuda.is_available() else 32, "bf16")
+    batch = 64 if torch.cuda.is_available() else 32
+    state, data = make_state(64, batch, "bf16")
     fast = gan.compiled(state)
-    eager, compiled = in_turns(9, [lambda: gan.train_step(state, data), lambda: gan.train_step(fast, data)])
-    row(
-        "a step, 64 px, bfloat16, --compile and eager",
-        f"{1000 * compiled:.1f} ms",
-        f"{1000 * eager:.1f} ms",
-        f"{eager / compiled:.2f}x",
-    )
+    if fast is state:
+        sys.exit("nothing to compare")
+    eager, quick = in_turns(9, [lambda: gan.train_step(state, data), lambda: gan.train_step(fast, data)])
+    work = f"a step, 64 px, batch {batch}, bfloat16"
+    row(work, f"{1000 * quick:.1f} ms with --compile", f"{1000 * eager:.1f} ms without", f"{eager / quick:.2f}x")
 
 
 WORKS = {
@@ -271,10 +293,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("works", nargs="*", default="all", choices=["all", *WORKS], help="what to measure (all)")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--age", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         return print(peak(*args.peak))
     gan.hold_memory()  # as the train command does; it serves both
+    if args.age:
+        return age(args.age)
+    if "cuda" in args.works and not torch.cuda.is_available():
+        parser.error("no GPU here")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs\n")
     print("| work | gan.py | textbook | ratio |\n| --- | ---: | ---: | ---: |")
     here = [name for name in WORKS if name != "cuda" or torch.cuda.is_available()]
