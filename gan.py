@@ -1580,28 +1580,30 @@ def bench(config, seconds=20):
     while time.monotonic() - began < seconds:
         whole.append(timed(device, lambda: [train_step(state, data) for _ in range(block)])[0] / block)
         parts.append(timed_parts(state, data, device))
-    step_s, peak_bytes = float(np.median(whole)), peak_memory(device)
-    dtype = state.amp_dtype or torch.float32
-    n, name = 2048, f"cpu, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        n, name = 8192, torch.cuda.get_device_name(device)
-    a, b = torch.rand(2, n, n, device=device, dtype=dtype)
-    product_s = float(np.median([timed(device, torch.mm, a, b)[0] for _ in range(9)]))
+    step_s, dtype = float(np.median(whole)), state.amp_dtype or torch.float32
     steps = length(config, len(images))[1]
+    cpu = f"cpu, {torch.get_num_threads()} threads"
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
         "step_s": step_s,
-        "parts_s": {name: float(np.median([part[name] for part in parts])) for name in parts[0]},
+        "parts_s": {name: float(np.median([seconds[name] for seconds in parts])) for name in parts[0]},
         "images_per_s": config.batch / step_s,
         "flop_per_step": counter.get_total_flops(),
         "flop_per_s": counter.get_total_flops() / step_s,
-        "matmul_flop_per_s": 2 * n**3 / product_s,
-        "peak_bytes": peak_bytes,
+        "peak_bytes": peak_memory(device),  # before the large matrices
+        "matmul_flop_per_s": matmul_speed(device, dtype),
         "steps": steps,
         "run_s": steps * step_s,
     }
+
+
+def matmul_speed(device, dtype):
+    """FLOP/s of a square matrix product that is large enough to be fast."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.rand(2, n, n, device=device, dtype=dtype)
+    return 2 * n**3 / float(np.median([timed(device, torch.mm, a, b)[0] for _ in range(9)]))
 
 
 def timed(device, work, *args):
