@@ -174,26 +174,35 @@ def sampling(n=640):
 
 
 def memory(size=64, batch=32):
-    """Each loop in a process of its own."""
-    peaks = []
-    for which in ("gan.py", "textbook"):
+    """Each loop in a process of its own; gan.py's also as the train command runs it, which keeps freed memory."""
+    peaks = {}
+    for which in ("gan.py", "gan.py train", "textbook"):
         argv = [sys.executable, __file__, "--peak", which, str(size), str(batch)]
-        peaks.append(int(subprocess.run(argv, check=True, capture_output=True, text=True).stdout))
-    ours, theirs = peaks
-    row(f"peak memory, {size} px, batch {batch}, float32", f"{ours} MiB", f"{theirs} MiB", f"{theirs / ours:.2f}x")
+        peaks[which] = int(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
+    theirs = peaks.pop("textbook")
+    for which, ours in peaks.items():
+        row(f"peak memory, {size} px, batch {batch}, {which}", f"{ours} MiB", f"{theirs} MiB", f"{theirs / ours:.2f}x")
 
 
 def peak(which, size, batch, steps=8):
-    """The MiB that a loop takes at the most, beyond what the process has after its first import of everything."""
-    if which == "gan.py":
-        gan.hold_memory()  # as the train command does
+    """The MiB that the steps of a loop add to the process's, or on a GPU the device's, largest use."""
+    if which == "gan.py train":
+        gan.hold_memory()
     state, data = make_state(int(size), int(batch))
     if which == "textbook":
         state = textbook_state(state)
-    before = gan.peak_memory(gan.device_of(state.G))
+    before = largest_use()
     for _ in range(steps):
         textbook_step(state, data) if which == "textbook" else gan.train_step(state, data)
-    return (gan.peak_memory(gan.device_of(state.G)) - before) // 2**20
+    return largest_use() - before
+
+
+def largest_use():
+    """MiB. Not getrusage's, which on Linux begins with that of the process that started this one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024
 
 
 def aging(young=200, old=2000, turns=100):
