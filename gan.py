@@ -324,7 +324,7 @@ class SpectralNorm(nn.Module):
     """Parametrization weight -> weight / its largest singular value (arXiv 1802.05957), in float32 even under autocast,
     which torch's own spectral_norm is not on CUDA.
 
-    One power iteration in every training forward. The weight is seen as [shape[0], rest].
+    One power iteration in every training forward, on the weight as a matrix [shape[0], rest].
     """
 
     def __init__(self, weight):
@@ -332,7 +332,11 @@ class SpectralNorm(nn.Module):
         self.register_buffer("u", F.normalize(torch.randn(weight.shape[0]), dim=0))
         self.register_buffer("v", F.normalize(torch.randn(weight[0].numel()), dim=0))
         for _ in range(15):
-            self.iterate(weight.detach().flatten(1))
+            self.iterate(self.matrix(weight.detach()))
+
+    @staticmethod
+    def matrix(weight):
+        return weight.movedim(1, -1).flatten(1)  # the order of channels_last: nothing is copied
 
     @torch.no_grad()
     def iterate(self, matrix):
@@ -341,7 +345,7 @@ class SpectralNorm(nn.Module):
 
     def forward(self, weight):
         with torch.autocast(weight.device.type, enabled=False):
-            matrix = weight.flatten(1)
+            matrix = self.matrix(weight)
             if self.training:
                 self.iterate(matrix)
             # Clones, since a second forward may move u and v before the first one's backward.
@@ -359,24 +363,46 @@ def orthogonal_init(net):
     return layers
 
 
-def box(x, divisor, padding=0):
-    """Sums of 2x2 pixels over divisor, at every pixel. [N,C,H,W] -> [N,C,H-1+2 padding,W-1+2 padding]"""
+class Box(torch.autograd.Function):
+    """Sums of 2x2 pixels over divisor, at every pixel. [N,C,H,W] -> [N,C,H-1+2 padding,W-1+2 padding]
+
+    The gradient is the same with the other padding, so nothing is kept for it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, divisor, padding):
+        ctx.divisor, ctx.padding = divisor, padding
+        if x.is_cuda:
+            return F.avg_pool2d(x, 2, stride=1, padding=padding, divisor_override=divisor)
+        # On the CPU a depthwise convolution is the faster of the two, in bfloat16 five times.
+        return F.conv2d(x, x.new_full((x.shape[1], 1, 2, 2), 1 / divisor), padding=padding, groups=x.shape[1])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Box.apply(gradient, ctx.divisor, 1 - ctx.padding), None, None
+
+
+box = Box.apply
+
+
+def pool(x):
+    """avg_pool2d(x, 2). [N,C,H,W] -> [N,C,H/2,W/2]"""
     if x.is_cuda:
-        return F.avg_pool2d(x, 2, stride=1, padding=padding, divisor_override=divisor)
-    # On the CPU a depthwise convolution is the faster of the two, in bfloat16 five times.
-    return F.conv2d(x, x.new_full((x.shape[1], 1, 2, 2), 1 / divisor), padding=padding, groups=x.shape[1])
+        return F.avg_pool2d(x, 2)
+    # On the CPU the same is faster this way, and x need not be kept for the backward pass.
+    return F.interpolate(x, scale_factor=0.5, mode="bilinear")
 
 
 def conv_pool(conv, x):
     """avg_pool2d(conv(x), 2) for a 3x3 conv, with a quarter of its products. [N,C,H,W] -> [N,K,H/2,W/2]"""
     # Means taken before the convolution instead of after it; then every second result is enough.
-    return F.conv2d(box(x, 4, padding=1), conv.weight, conv.bias, stride=2)
+    return F.conv2d(box(x, 4, 1), conv.weight, conv.bias, stride=2)
 
 
 def upsample_conv(conv, x):
     """conv(nearest upsampling of x) for a 3x3 conv, with a quarter of its products. [N,C,H,W] -> [N,K,2H,2W]"""
     # Upsampling puts zeros between the pixels and sums each 2x2 of them; the sums can wait until after the convolution.
-    return box(F.conv_transpose2d(x, conv.weight.transpose(0, 1).flip(2, 3), conv.bias / 4, stride=2), 1)
+    return box(F.conv_transpose2d(x, conv.weight.transpose(0, 1).flip(2, 3), conv.bias / 4, stride=2), 1, 0)
 
 
 class AdaptiveBatchNorm(nn.Module):
@@ -453,7 +479,7 @@ class DiscriminatorBlock(nn.Module):
 
     def forward(self, x):
         h = self.conv1(F.relu(x))
-        return conv_pool(self.conv2, F.relu(h, inplace=True)).add_(self.skip(F.avg_pool2d(x, 2)))
+        return conv_pool(self.conv2, F.relu(h, inplace=True)).add_(self.skip(pool(x)))
 
 
 class Discriminator(nn.Module):
@@ -1268,11 +1294,11 @@ def autocast(state):
 
 def descend(state, optimizer, loss):
     """One step of the optimizer down the gradient of the loss."""
-    optimizer.zero_grad()
     state.scaler.scale(loss).backward()
     average([p.grad for group in optimizer.param_groups for p in group["params"]])
     state.scaler.step(optimizer)
     state.scaler.update()
+    optimizer.zero_grad()  # now, not before the next step, so that they take no memory in the other network's
 
 
 def draw_fake(state, y):
@@ -1656,13 +1682,12 @@ RESUMABLE = "epochs steps data data_dir device amp compile log_every sample_ever
 
 
 def hold_memory():
-    """Keeps freed memory in this process, in large pages, on Linux.
+    """Keeps freed memory in this process, on Linux.
 
     A training step on the CPU frees and takes some gigabytes, and handing their pages back and forth costs the kernel a
     tenth to a fifth of the step.
     """
     if sys.platform == "linux":
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
         with contextlib.suppress(OSError, AttributeError):  # a C library other than GNU's
             mallopt = ctypes.CDLL("libc.so.6").mallopt
             mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block

@@ -256,11 +256,19 @@ def test_networks_have_the_gradients_and_statistics_of_their_textbook_form(size)
         assert torch.allclose(norm.running_var, 0.9 + 0.1 * var * n / (n - 1), rtol=0, atol=1e-5)
 
 
-def test_box_is_a_pooling():
-    x = torch.randn(2, 3, 5, 6)
+def test_box_and_pool_are_averages():
+    """What the CPU and CUDA run."""
+
+    def same(ours, theirs):
+        weights = torch.randn_like(theirs)
+        gradients = [torch.autograd.grad((out * weights).sum(), x)[0] for out in (ours, theirs)]
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-6) and torch.allclose(*gradients, rtol=0, atol=1e-6)
+
+    x = torch.randn(2, 3, 6, 8, requires_grad=True)
     for divisor, padding in ((4, 1), (1, 0)):
-        pooled = F.avg_pool2d(x, 2, stride=1, padding=padding, divisor_override=divisor)  # as on CUDA
-        assert torch.allclose(gan.box(x, divisor, padding), pooled, rtol=0, atol=1e-6)
+        pooled = F.avg_pool2d(x, 2, stride=1, padding=padding, divisor_override=divisor)
+        same(gan.box(x, divisor, padding), pooled)
+    same(gan.pool(x), F.avg_pool2d(x, 2))
 
 
 def test_spectral_norm_gives_unit_norm_and_holds_still_in_eval_mode():
