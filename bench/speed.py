@@ -7,8 +7,9 @@
 
 The textbook: nearest upsampling, then a convolution; a convolution, then average pooling; NCHW; D looks at real and fake
 in two passes, and takes gradients of its own in G's step; samples of its own for each network; Adam and averaged weights
-in Python loops; .item() at every step; float32. Both loops run in one process, in turns; times are medians. Memory and
-ageing are measured in processes of their own.
+in Python loops; .item() at every step; float32. The loops take turns, step by step, and times are medians: in one process,
+where both profit from memory that gan.py's commands hold, and "as started", each in a process of its own, gan.py's as the
+train command runs it and the textbook's as a script would.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -70,7 +72,14 @@ class TextbookDiscriminator(gan.Discriminator):
         return logits + (phi * self.embed(y)).sum(dim=1) if self.num_classes else logits
 
 
+class TextbookSpectralNorm(gan.SpectralNorm):
+    @staticmethod
+    def matrix(weight):
+        return weight.flatten(1)
+
+
 TEXTBOOK = {
+    gan.SpectralNorm: TextbookSpectralNorm,
     gan.Generator: TextbookGenerator,
     gan.Discriminator: TextbookDiscriminator,
     gan.GeneratorBlock: TextbookGeneratorBlock,
@@ -82,6 +91,10 @@ TEXTBOOK = {
 def textbook(net):
     """A copy of G or D with the same weights and statistics, in the textbook's form and NCHW."""
     net = copy.deepcopy(net)
+    for m in net.modules():
+        if isinstance(m, torch.nn.Conv2d) and parametrize.is_parametrized(m):
+            norm = m.parametrizations.weight[0]
+            norm.v = norm.v.view(*m.kernel_size, -1).movedim(2, 0).flatten()  # from channels_last
     for m in net.modules():
         m.__class__ = TEXTBOOK.get(type(m), type(m))
     return net.to(memory_format=torch.contiguous_format)
@@ -158,11 +171,59 @@ def row(work, ours, textbook, ratio):
 
 
 def training(size, batch, amp="off", turns=9):
+    work = f"training, {size} px, batch {batch}, {'bfloat16' if amp == 'bf16' else 'float32'}"
     state, data = make_state(size, batch, amp)
     other = textbook_state(state)
     slow, fast = in_turns(turns, [lambda: textbook_step(other, data), lambda: gan.train_step(state, data)])
-    work = f"training, {size} px, batch {batch}, {'bfloat16' if amp == 'bf16' else 'float32'}"
-    row(work, f"{batch / fast:.1f} images/s", f"{batch / slow:.1f} images/s", f"{slow / fast:.2f}x")
+    row(f"{work}, one process", f"{batch / fast:.1f} images/s", f"{batch / slow:.1f} images/s", f"{slow / fast:.2f}x")
+    loops = [Loop("textbook", size, batch), Loop("gan.py train", size, batch, amp)]
+    slow, fast = in_turns(turns, [loop.step for loop in loops])
+    for loop in loops:
+        loop.end()
+    row(f"{work}, as started", f"{batch / fast:.1f} images/s", f"{batch / slow:.1f} images/s", f"{slow / fast:.2f}x")
+
+
+class Loop:
+    """A training loop in a process of its own, which goes on by a step when asked to."""
+
+    def __init__(self, which, size, batch, amp="off", age=0):
+        argv = [sys.executable, __file__, "--loop", which, str(size), str(batch), amp, str(age)]
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step(self):
+        print(file=self.process.stdin, flush=True)
+        self.answer()
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit("a loop has ended early")
+        return line
+
+    def end(self):
+        """Ends the process; returns the MiB that its steps added to its largest use, or on a GPU to the device's."""
+        self.process.stdin.close()
+        return int(self.answer())
+
+
+def loop(which, size, batch, amp, age):
+    """What a Loop's process does: age steps, then one for each line on stdin."""
+    if which == "gan.py train":
+        gan.hold_memory()
+    state, data = make_state(int(size), int(batch), amp)
+    if which == "textbook":
+        state = textbook_state(state)
+    before = largest_use()
+
+    def step():
+        textbook_step(state, data) if which == "textbook" else gan.train_step(state, data).tolist()
+
+    for _ in range(int(age)):
+        step()
+    for _ in sys.stdin:
+        step()
+        print("done", flush=True)
+    print(largest_use() - before)
 
 
 def sampling(n=640):
@@ -174,27 +235,12 @@ def sampling(n=640):
 
 
 def memory(size=64, batch=32):
-    """Each loop in a process of its own; gan.py's also as the train command runs it, which keeps freed memory."""
-    peaks = {}
-    for which in ("gan.py", "gan.py train", "textbook"):
-        argv = [sys.executable, __file__, "--peak", which, str(size), str(batch)]
-        peaks[which] = int(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
+    """gan.py's loop as the train command runs it, and as a program does that has only copied it."""
+    loops = {which: Loop(which, size, batch, age=8) for which in ("gan.py train", "gan.py", "textbook")}
+    peaks = {which: loop.end() for which, loop in loops.items()}
     theirs = peaks.pop("textbook")
     for which, ours in peaks.items():
         row(f"peak memory, {size} px, batch {batch}, {which}", f"{ours} MiB", f"{theirs} MiB", f"{theirs / ours:.2f}x")
-
-
-def peak(which, size, batch, steps=8):
-    """The MiB that the steps of a loop add to the process's, or on a GPU the device's, largest use."""
-    if which == "gan.py train":
-        gan.hold_memory()
-    state, data = make_state(int(size), int(batch))
-    if which == "textbook":
-        state = textbook_state(state)
-    before = largest_use()
-    for _ in range(steps):
-        textbook_step(state, data) if which == "textbook" else gan.train_step(state, data)
-    return largest_use() - before
 
 
 def largest_use():
@@ -205,40 +251,19 @@ def largest_use():
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024
 
 
-def aging(young=200, old=2000, turns=100):
-    """Two processes, one of which has trained for longer, take a step in turns."""
-    ages = [subprocess.Popen([sys.executable, __file__, "--age", str(age)], **PIPES) for age in (young, old)]
-    for process in ages:
-        process.stdout.readline()  # it has reached its age
-    seconds = [[], []]
-    for _ in range(turns):
-        for process, taken in zip(ages, seconds):
-            print(file=process.stdin, flush=True)
-            taken.append(float(process.stdout.readline()))
-    for process in ages:
-        process.stdin.close()
-    first, second = (1000 * statistics.median(taken) for taken in seconds)
+def aging(young=200, old=2000):
+    loops = [Loop("gan.py train", 32, 16, age=age) for age in (young, old)]
+    for loop in loops:
+        loop.step()  # it has reached its age
+    first, second = (1000 * seconds for seconds in in_turns(100, [loop.step for loop in loops]))
+    for loop in loops:
+        loop.end()
     row(
         "a step, 32 px, batch 16",
         f"{second:.1f} ms after {old:,}",
         f"{first:.1f} ms after {young}",
         f"{second / first:.3f}",
     )
-
-
-PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-
-
-def age(steps):
-    """Trains for so many steps, then for each line on stdin one more, and prints its seconds."""
-    state, data = make_state(32, 16)
-    for _ in range(steps):
-        gan.train_step(state, data)
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        gan.train_step(state, data).tolist()
-        print(time.perf_counter() - started, flush=True)
 
 
 class Stopwatch(TorchDispatchMode):
@@ -301,14 +326,11 @@ WORKS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("works", nargs="*", default="all", choices=["all", *WORKS], help="what to measure (all)")
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--age", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--loop", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peak:
-        return print(peak(*args.peak))
+    if args.loop:
+        return loop(*args.loop)
     gan.hold_memory()  # as the train command does; it serves both
-    if args.age:
-        return age(args.age)
     if "cuda" in args.works and not torch.cuda.is_available():
         parser.error("no GPU here")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs\n")
