@@ -34,6 +34,7 @@ import typing
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -182,13 +183,14 @@ def rank():
 
 
 def on_cuda(device):
-    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    return (device == "auto" or device.startswith("cuda")) and torch.cuda.is_available()
 
 
 def join(device):
     """Joins the other processes, if torchrun started this one and it has not joined yet."""
     if launched() and not joined():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda(device) else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if on_cuda(device) else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # while one decodes the images, the others wait
 
 
 def pick_rank_device(config):
@@ -257,7 +259,7 @@ def agreed(work):
     process goes first, and fills the cache for the others."""
     result = error = None
     for firsts in (True, False):
-        if firsts == (not launched() or os.environ["LOCAL_RANK"] == "0"):
+        if firsts == first_here():
             try:
                 result = work()
             except (UserError, OSError) as caught:
@@ -393,6 +395,12 @@ def pool(x):
     return F.interpolate(x, scale_factor=0.5, mode="bilinear")
 
 
+def upsample(x):
+    """Repeats each pixel 2x2 times. [N,C,H,W] -> [N,C,2H,2W]"""
+    with torch.autocast(x.device.type, enabled=False):  # which on CUDA would make it float32
+        return F.interpolate(x, scale_factor=2)
+
+
 def conv_pool(conv, x):
     """avg_pool2d(conv(x), 2) for a 3x3 conv, with a quarter of its products. [N,C,H,W] -> [N,K,H/2,W/2]"""
     # Means taken before the convolution instead of after it; then every second result is enough.
@@ -433,7 +441,7 @@ class GeneratorBlock(nn.Module):
     def forward(self, x, e):
         h = upsample_conv(self.conv1, F.relu(self.norm1(x, e), inplace=True))
         h = self.conv2(F.relu(self.norm2(h, e), inplace=True))
-        return h.add_(F.interpolate(self.skip(x), scale_factor=2))
+        return h.add_(upsample(self.skip(x)))
 
 
 class Generator(nn.Module):
@@ -1298,7 +1306,7 @@ def descend(state, optimizer, loss):
     average([p.grad for group in optimizer.param_groups for p in group["params"]])
     state.scaler.step(optimizer)
     state.scaler.update()
-    optimizer.zero_grad()  # now, not before the next step, so that they take no memory in the other network's
+    optimizer.zero_grad()  # now, not before the next step, so that they take no memory in the other network's step
 
 
 def draw_fake(state, y):
@@ -1366,12 +1374,12 @@ def compiled(state):
     """
     c, device = state.config, device_of(state.G)
     fast = copy.deepcopy(state)
-    # G not as CUDA graphs: D's graphs, which run before G's backward pass, would overwrite what that needs.
-    fast.G.compile(dynamic=False)
-    fast.D.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
     batch = torch.zeros(c.batch, c.channels, c.size, c.size, device=device), torch.zeros(c.batch, device=device).long()
     say("compiling")
     try:
+        # G not as CUDA graphs: D's graphs, which run before G's backward pass, would overwrite what that needs.
+        fast.G.compile(dynamic=False)
+        fast.D.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for _ in range(3):  # CUDA graphs are recorded at the second
                 train_step(fast, itertools.repeat(batch))
@@ -1402,8 +1410,10 @@ def train(config, resume=None):
     join(config.device)
     device = pick_rank_device(config)
     content, images, labels, classes = agreed(lambda: open_run(config, resume))
-    if len({repr(seen) for seen in gather((len(images), classes, content and content["step"]))}) > 1:
-        raise UserError("the processes see different images or checkpoints; all hosts need the same --data and run")
+    own = dict.fromkeys(("data", "data_dir", "runs", "name", "device"))  # may differ between hosts
+    seen = replace(config, **own), len(images), classes, content and content["step"]
+    if len({repr(each) for each in gather(seen)}) > 1:
+        raise UserError("the processes differ; all hosts need the same flags, images and checkpoint")
     if config.augment == "auto":
         config = replace(config, augment=auto_policy(len(images)))
     steps_per_epoch, steps = length(config, len(images))
@@ -1580,10 +1590,10 @@ def trunc_name(trunc):
 def bench(config, seconds=20):
     """Measures for so many seconds, after some steps to warm up, the training that config describes.
 
-    Returns a dict with times in seconds, medians of single steps: step_s of a whole step, and parts_s of its parts,
-    which wait for the device. FLOP are the products and sums of convolutions and matrix products; matmul_flop_per_s is
-    what a square matrix product of the same dtype reaches. peak_bytes is the device's memory, on a CPU the process's.
-    run_s leaves out the pictures and checkpoints. Raises UserError.
+    Returns a dict with times in seconds, medians: step_s of a whole step, on CUDA of ten in a row, and parts_s of its
+    parts, which wait for the device. FLOP are the products and sums of convolutions and matrix products;
+    matmul_flop_per_s is what a square matrix product of the same dtype reaches. peak_bytes is the device's memory, on a
+    CPU the process's. run_s leaves out the pictures and checkpoints. Raises UserError.
     """
     config = resolve(config)
     device = pick_device(config.device)
@@ -1666,11 +1676,13 @@ def peak_memory(device):
     """The most bytes in use so far: of the device's memory, or on a CPU of the process's; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # where getrusage's begins with that of the process that started this one
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     try:
         import resource
     except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1820,14 +1832,14 @@ def find_run(name, runs):
     return found[0]
 
 
-def first_rank():
-    """Whether this is the only process or the first that torchrun started; the others need not repeat what it says."""
-    return not launched() or os.environ["RANK"] == "0"
+def first_here():
+    """Whether this is the only process, or the first that torchrun started on this host."""
+    return not launched() or os.environ["LOCAL_RANK"] == "0"
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"gan.py: error: {message} (--help lists the flags)\n" if first_rank() else None)
+        self.exit(2, f"gan.py: error: {message} (--help lists the flags)\n" if first_here() else None)
 
 
 def between(least, most=2**32 - 1):
@@ -1918,7 +1930,7 @@ def main(argv=None):
         return 0
     except (UserError, OSError) as error:
         message = str(error)
-        tells = first_rank() or not isinstance(error, UserError) or isinstance(error, LostProcess)
+        tells = first_here() or not isinstance(error, UserError) or isinstance(error, LostProcess)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise

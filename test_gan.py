@@ -920,13 +920,17 @@ def test_compiled_training_is_eager_training(tmp_path, capsys):
     assert (losses_of(tmp_path / "eager") - losses_of(tmp_path / "compiled")).abs().max() < 1e-4
 
 
-def test_compile_says_why_it_goes_on_without(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_compile_says_why_it_goes_on_without(at_once, tmp_path, capsys, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("no compiler here\nand more")
 
+    def broken_later(self, **options):
+        self.forward = broken
+
     flags = [*TOY_FLAGS, *SLOW, "--steps", "2", "--runs", str(tmp_path)]
     assert gan.main(["train", *flags, "--name", "eager"]) == 0
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: setattr(self, "forward", broken))
+    monkeypatch.setattr(torch.nn.Module, "compile", broken if at_once else broken_later)
     assert gan.main(["train", *flags, "--name", "compiled", "--compile"]) == 0
     assert "going on without: RuntimeError: no compiler here\n" in capsys.readouterr().out
     assert torch.equal(losses_of(tmp_path / "eager"), losses_of(tmp_path / "compiled"))
@@ -1047,11 +1051,29 @@ def test_a_lost_process_ends_the_job_with_a_checkpoint(tmp_path, folder):
         (["train", "--data", "nowhere"], "no folder"),
         (["train", "--compile"], "single process"),
         (["train", "--resume", "nowhere"], "no run nowhere"),
+        (["train", "--device", "cuda:1"], "a device of its own"),
+        (["train", "--lossy"], "--lossy"),
         (["sample"], "torchrun is for train"),
     ],
 )
 def test_errors_under_torchrun_are_told_once(argv, hint, tmp_path):
-    done = torchrun(HERE / "gan.py", *argv, *([] if argv == ["sample"] else ["--device", "cpu"]), cwd=tmp_path)
+    on_cpu = [] if argv == ["sample"] or "--device" in argv else ["--device", "cpu"]
+    check_error(torchrun(HERE / "gan.py", *argv, *on_cpu, cwd=tmp_path), hint, tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_torchrun_without_a_gpu_cannot_use_one(tmp_path):
+    check_error(torchrun(HERE / "gan.py", "train", "--device", "cuda", cwd=tmp_path), "no device", tmp_path)
+
+
+def test_processes_with_different_flags_are_refused(tmp_path):
+    code = f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\nimport gan\n"
+    code += "os._exit(gan.main(['train', '--device', 'cpu', '--seed', os.environ['RANK']]))\n"
+    (tmp_path / "differ.py").write_text(code)
+    check_error(torchrun(tmp_path / "differ.py", cwd=tmp_path), "need the same flags", tmp_path)
+
+
+def check_error(done, hint, tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("gan.py")]
     assert done.returncode != 0 and len(errors) == 1 and hint in errors[0], done.stderr
     assert not (tmp_path / "runs").exists()

@@ -5,11 +5,13 @@
     python bench/speed.py train64 memory      # some of it
     python bench/speed.py profile             # where the time of a step goes
 
-The textbook: nearest upsampling, then a convolution; a convolution, then average pooling; NCHW; D looks at real and fake
-in two passes, and takes gradients of its own in G's step; samples of its own for each network; Adam and averaged weights
-in Python loops; .item() at every step; float32. The loops take turns, step by step, and times are medians: in one process,
-where both profit from memory that gan.py's commands hold, and "as started", each in a process of its own, gan.py's as the
-train command runs it and the textbook's as a script would.
+The textbook: nearest upsampling, then a convolution; a convolution, then average pooling; NCHW; D looks at real and
+fake in two passes, and takes gradients of its own in G's step; samples of its own for each network; Adam as it comes,
+averaged weights in a Python loop; .item() at every step; float32.
+
+The loops take turns, step by step, and times are medians: in one process, where both profit from the memory that
+gan.py's commands hold, and "as started", each in a process of its own, gan.py's as the train command runs it and the
+textbook's as a script would.
 """
 
 import argparse
@@ -106,7 +108,7 @@ def textbook_state(state):
     other.G, other.D, other.G_ema = (textbook(net) for net in (state.G, state.D, state.G_ema))
     for name, net in (("opt_G", other.G), ("opt_D", other.D)):
         group = getattr(state, name).param_groups[0]
-        adam = torch.optim.Adam(net.parameters(), lr=group["lr"], betas=group["betas"], foreach=False)
+        adam = torch.optim.Adam(net.parameters(), lr=group["lr"], betas=group["betas"])
         setattr(other, name, adam)
     return other
 
@@ -171,7 +173,7 @@ def row(work, ours, textbook, ratio):
 
 
 def training(size, batch, amp="off", turns=9):
-    work = f"training, {size} px, batch {batch}, {'bfloat16' if amp == 'bf16' else 'float32'}"
+    work = f"training, {size} px, batch {batch}, {'bfloat16 against float32' if amp == 'bf16' else 'float32'}"
     state, data = make_state(size, batch, amp)
     other = textbook_state(state)
     slow, fast = in_turns(turns, [lambda: textbook_step(other, data), lambda: gan.train_step(state, data)])
@@ -203,7 +205,9 @@ class Loop:
     def end(self):
         """Ends the process; returns the MiB that its steps added to its largest use, or on a GPU to the device's."""
         self.process.stdin.close()
-        return int(self.answer())
+        mib = int(self.answer())
+        self.process.wait()
+        return mib
 
 
 def loop(which, size, batch, amp, age):
@@ -213,7 +217,7 @@ def loop(which, size, batch, amp, age):
     state, data = make_state(int(size), int(batch), amp)
     if which == "textbook":
         state = textbook_state(state)
-    before = largest_use()
+    before = gan.peak_memory(gan.device_of(state.G))
 
     def step():
         textbook_step(state, data) if which == "textbook" else gan.train_step(state, data).tolist()
@@ -223,7 +227,7 @@ def loop(which, size, batch, amp, age):
     for _ in sys.stdin:
         step()
         print("done", flush=True)
-    print(largest_use() - before)
+    print((gan.peak_memory(gan.device_of(state.G)) - before) // 2**20)
 
 
 def sampling(n=640):
@@ -231,7 +235,12 @@ def sampling(n=640):
     other = textbook(G)
     works = [lambda: gan.generate(other, n), lambda: gan.generate(G, n)]
     slow, fast = in_turns(3, works, warm_up=1)
-    row(f"{n} samples, 64 px, batch 64", f"{n / fast:.1f} images/s", f"{n / slow:.1f} images/s", f"{slow / fast:.2f}x")
+    row(
+        f"gan.generate, {n} samples, 64 px, batch 64",
+        f"{n / fast:.1f} images/s",
+        f"{n / slow:.1f} images/s",
+        f"{slow / fast:.2f}x",
+    )
 
 
 def memory(size=64, batch=32):
@@ -240,15 +249,8 @@ def memory(size=64, batch=32):
     peaks = {which: loop.end() for which, loop in loops.items()}
     theirs = peaks.pop("textbook")
     for which, ours in peaks.items():
-        row(f"peak memory, {size} px, batch {batch}, {which}", f"{ours} MiB", f"{theirs} MiB", f"{theirs / ours:.2f}x")
-
-
-def largest_use():
-    """MiB. Not getrusage's, which on Linux begins with that of the process that started this one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() // 2**20
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024
+        work = f"memory that steps take, {size} px, batch {batch}, {which}"
+        row(work, f"{ours} MiB", f"{theirs} MiB", f"{theirs / ours:.2f}x")
 
 
 def aging(young=200, old=2000):
@@ -258,11 +260,9 @@ def aging(young=200, old=2000):
     first, second = (1000 * seconds for seconds in in_turns(100, [loop.step for loop in loops]))
     for loop in loops:
         loop.end()
-    row(
-        "a step, 32 px, batch 16",
-        f"{second:.1f} ms after {old:,}",
-        f"{first:.1f} ms after {young}",
-        f"{second / first:.3f}",
+    print(
+        f"a step, 32 px, batch 16: {second:.1f} ms after {old:,}, {first:.1f} after {young}: {second / first:.3f}",
+        flush=True,
     )
 
 
@@ -304,10 +304,10 @@ def compiling():
     state, data = make_state(64, batch, "bf16")
     fast = gan.compiled(state)
     if fast is state:
-        sys.exit("nothing to compare")
+        return
     eager, quick = in_turns(9, [lambda: gan.train_step(state, data), lambda: gan.train_step(fast, data)])
-    work = f"a step, 64 px, batch {batch}, bfloat16"
-    row(work, f"{1000 * quick:.1f} ms with --compile", f"{1000 * eager:.1f} ms without", f"{eager / quick:.2f}x")
+    work, times = f"a step, 64 px, batch {batch}, bfloat16", f"{1000 * quick:.1f} ms, {1000 * eager:.1f} without"
+    print(f"{work}, with --compile: {times}: {eager / quick:.2f}x", flush=True)
 
 
 WORKS = {
