@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: MIT
 """All tests of gan.py and metrics.py: offline, on the CPU.    python -m pytest"""
 
-import functools
+import contextlib
+import errno
 import hashlib
+import inspect
+import io
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tarfile
-import threading
+import tokenize
 import urllib.error
 import weakref
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mpmath
 import numpy as np
@@ -31,7 +37,9 @@ import gan
 import metrics
 
 HERE = Path(__file__).resolve().parent
-TOY = dict(size=16, width=4, max_width=8, z_dim=8, batch=8, device="cpu")
+CPU = torch.device("cpu")
+TOY = dict(size=16, width=4, max_width=8, z_dim=8, batch=8, device="cpu", amp="off")
+TOY_FLAGS = "--size 16 --width 4 --max-width 8 --z-dim 8 --batch 8 --device cpu --amp off".split()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -85,20 +93,24 @@ def write_picture(image, path):
     to_pil_image(image).save(path)
 
 
-def toy_state(**changes):
-    config = gan.resolve(gan.Config(**{**TOY, "augment": "none", "cond": True, **changes}))
-    return gan.new_state(config, ["a", "b", "c"], torch.device("cpu"))
+def toy(**changes):
+    """A conditional toy GAN of three classes."""
+    return gan.GAN(gan.resolve(gan.Config(**{**TOY, "augment": "none", "cond": True, **changes})), 3)
 
 
-def fails(capsys, *argv):
-    """The one line that a command ends with; asserts exit status 2."""
-    try:
-        status = gan.main([str(word) for word in argv])
-    except SystemExit as exit:
-        status = exit.code
+def random_batches(config, n=16):
+    images = torch.randint(256, (n, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return gan.batches(images, torch.arange(n) % 3, config, CPU)
+
+
+def fails(capsys, *argv, model=gan.GAN):
+    """Runs a command that must end with one short line and status 2; returns the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        gan.main([str(word) for word in argv], model)
     err = capsys.readouterr().err
-    assert status == 2, err
-    assert err.count("\n") == 1 and err.startswith("gan.py: error: "), err
+    assert exit.value.code == 2, err
+    assert err.count("\n") == 1 and ": error: " in err, err
     return err
 
 
@@ -119,11 +131,11 @@ def test_shapes_and_ranges(size, channels, num_classes):
 
 @pytest.mark.parametrize("num_classes, G_millions, D_millions", [(0, 3.95, 4.88), (17, 5.37, 4.89)])
 def test_parameter_counts(num_classes, G_millions, D_millions):
-    assert round(gan.count_parameters(gan.Generator(num_classes=num_classes)) / 1e6, 2) == G_millions
-    assert round(gan.count_parameters(gan.Discriminator(num_classes=num_classes)) / 1e6, 2) == D_millions
+    assert round(sum(p.numel() for p in gan.Generator(num_classes=num_classes).parameters()) / 1e6, 2) == G_millions
+    assert round(sum(p.numel() for p in gan.Discriminator(num_classes=num_classes).parameters()) / 1e6, 2) == D_millions
 
 
-@pytest.mark.parametrize("size", [0, 8, 48, 512])
+@pytest.mark.parametrize("size", [0, 8, 48, 1024])
 def test_impossible_sizes_are_refused(size):
     for network in (gan.Generator, gan.Discriminator):
         with pytest.raises(gan.UserError):
@@ -267,7 +279,7 @@ def test_box_and_pool_are_averages():
     x = torch.randn(2, 3, 6, 8, requires_grad=True)
     for divisor, padding in ((4, 1), (1, 0)):
         pooled = F.avg_pool2d(x, 2, stride=1, padding=padding, divisor_override=divisor)
-        same(gan.box(x, divisor, padding), pooled)
+        same(gan.Box.apply(x, divisor, padding), pooled)
     same(gan.pool(x), F.avg_pool2d(x, 2))
 
 
@@ -327,14 +339,6 @@ def test_losses_by_hand(name, d, g):
     assert abs(g_loss(FAKE).item() - g) < 1e-6
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_ns_is_binary_cross_entropy(smoothing):
-    bce = F.binary_cross_entropy_with_logits
-    expected = bce(REAL, torch.full((2,), 1 - smoothing)) + bce(FAKE, torch.zeros(2))
-    assert abs(gan.d_bce(REAL, FAKE, smoothing) - expected) < 1e-6
-    assert abs(gan.g_ns(FAKE) - bce(FAKE, torch.ones(2))) < 1e-6
-
-
 @pytest.mark.parametrize("name", list(gan.LOSSES))
 def test_gradients_live_where_the_networks_are_wrong(name):
     d_loss, g_loss = gan.LOSSES[name]
@@ -372,7 +376,7 @@ def test_noise_without_trunc_is_normal_and_seeded():
     assert abs(draw().mean()) < 0.01 and abs(draw().std() - 1) < 0.01 and draw().abs().max() > 3.5
 
 
-@pytest.mark.parametrize("trunc", [0, -1.0, float("nan")])
+@pytest.mark.parametrize("trunc", [0, -1.0, float("nan"), float("inf")])
 def test_impossible_trunc(trunc):
     with pytest.raises(gan.UserError):
         gan.sample_z(1, 1, trunc)
@@ -456,34 +460,6 @@ def test_cutout_zeroes_one_square():
     assert height.max() == 8 and width.max() == 8 and height.min() >= 4 and width.min() >= 4  # half is out at most
 
 
-def test_policies():
-    with pytest.raises(gan.UserError, match="blur"):
-        gan.diff_augment(torch.zeros(1, 3, 16, 16), "color,blur")
-    assert [gan.auto_policy(n) for n in (4_999, 5_000, 20_000, 50_000)] == [
-        "color,translation,cutout", "translation,cutout", "cutout", "none"]  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Averaged weights
-
-
-def test_ema_averages_parameters_and_copies_buffers():
-    torch.manual_seed(0)
-    G, G_ema = gan.Generator(16, 3, 4, 8, 8), gan.Generator(16, 3, 4, 8, 8)
-    G(torch.randn(8, 8))  # moves the buffers
-    expected = [0.9 * a + 0.1 * b for a, b in zip(G_ema.parameters(), G.parameters())]
-    gan.ema_update(G_ema, G, 0.9)
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(G_ema.parameters(), expected))
-    assert all(torch.equal(a, b) for a, b in zip(G_ema.buffers(), G.buffers()))
-
-
-def test_ema_half_life():
-    config = gan.Config(batch=50)
-    assert abs(gan.ema_beta(config, 1_000_000) ** (20_000 / 50) - 0.5) < 1e-9  # 20,000 images halve a weight's share
-    assert abs(gan.ema_beta(config, 400) ** (0.05 * 400) - 0.5) < 1e-9  # 5% of the images seen, early on
-    assert gan.ema_beta(config, 1) < 1e-5
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -498,19 +474,7 @@ def color_picture():
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        "RGB.png",
-        "L.png",
-        "1.png",
-        "P.png",
-        "P.gif",
-        "RGBA.png",
-        "LA.png",
-        "RGB.bmp",
-        "CMYK.tif",
-        "I;16.png",
-        "I;16.tif",
-    ],
+    "RGB.png L.png 1.png P.png P.gif RGBA.png LA.png RGB.bmp CMYK.tif I;16.png I;16.tif".split(),
 )
 def test_each_lossless_mode_is_decoded_exactly(tmp_path, kind):
     picture = color_picture()
@@ -524,7 +488,7 @@ def test_each_lossless_mode_is_decoded_exactly(tmp_path, kind):
         pil = pil.convert(mode)
         expected = torch.from_numpy(np.array(pil.convert("RGB"))).permute(2, 0, 1)
     pil.save(path)
-    decoded = gan.decode(path).expand(3, -1, -1)
+    decoded = gan.read_image(path).expand(3, -1, -1)
     assert decoded.dtype == torch.uint8 and torch.equal(decoded, expected)
 
 
@@ -533,34 +497,21 @@ def test_jpegs_gray_cmyk_and_rotated(tmp_path):
     for mode in ("L", "CMYK"):
         pil.convert(mode).save(tmp_path / "x.jpg", quality=100, subsampling=0)
         expected = np.array(pil.convert(mode).convert("RGB")).transpose(2, 0, 1).astype(float)
-        assert np.abs(gan.decode(tmp_path / "x.jpg").expand(3, -1, -1).numpy() - expected).mean() < 4
+        assert np.abs(gan.read_image(tmp_path / "x.jpg").expand(3, -1, -1).numpy() - expected).mean() < 4
     exif = pil.getexif()
     exif[274] = 6  # the camera was turned: a viewer shows the picture turned by 90 degrees to the right
     pil.save(tmp_path / "x.jpg", quality=100, subsampling=0, exif=exif)
     expected = color_picture().rot90(-1, (1, 2)).float()
-    assert (gan.decode(tmp_path / "x.jpg").float() - expected).abs().mean() < 4
+    assert (gan.read_image(tmp_path / "x.jpg").float() - expected).abs().mean() < 4
 
 
 def test_transparency_turns_white(tmp_path):
     rgba = torch.cat([color_picture(), torch.full((1, 12, 8), 0, dtype=torch.uint8)])
     rgba[3, 6:] = 51  # a fifth
     write_picture(rgba, tmp_path / "x.png")
-    decoded = gan.decode(tmp_path / "x.png")
+    decoded = gan.read_image(tmp_path / "x.png")
     assert (decoded[:, :6] == 255).all()
     assert decoded[:, 11, 7].tolist() == [204, 204, 224]  # 0.2 of (0, 0, 100) and 0.8 of white
-
-
-def test_fit_takes_the_centre_square_and_both_channel_counts():
-    wide = torch.zeros(3, 32, 96, dtype=torch.uint8)
-    wide[:, :, 32:64] = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]
-    assert (gan.fit(wide, 16, 3) == torch.tensor([255, 0, 0])[:, None, None]).all()
-    assert gan.fit(wide, 16, 1).shape == (1, 16, 16) and gan.fit(wide[:1], 64, 3).shape == (3, 64, 64)
-
-
-def test_resizing_is_antialiased():
-    stripes = torch.zeros(1, 64, 64, dtype=torch.uint8)
-    stripes[:, :, ::2] = 255
-    assert (gan.fit(stripes, 16, 1).float() - 127.5).abs().max() < 12
 
 
 def test_folder_with_classes_and_junk(folder, tmp_path, capsys):
@@ -591,8 +542,8 @@ def test_cache_is_used_and_never_stale(folder, tmp_path, monkeypatch):
     data = tmp_path / "data"
     shutil.copytree(folder / "rose 1", data)
     calls = []
-    decode = gan.decode
-    monkeypatch.setattr(gan, "decode", lambda path: calls.append(path) or decode(path))
+    read_image = gan.read_image
+    monkeypatch.setattr(gan, "read_image", lambda path: calls.append(path) or read_image(path))
 
     def load(size=16, channels=3):
         calls.clear()
@@ -612,52 +563,17 @@ def test_cache_is_used_and_never_stale(folder, tmp_path, monkeypatch):
     (data / "3.png").unlink()
     assert len(load()[0]) == 7
 
-    for cached in (tmp_path / "cache").rglob("images.u8"):  # half-written
+    for cached in (tmp_path / "cache").rglob("*.pt"):  # half-written
         cached.write_bytes(cached.read_bytes()[:-1])
     assert load()[1] == 7 and load()[1] == 0
-    assert not list((tmp_path / "cache").rglob("unfinished-*"))
+    assert not list((tmp_path / "cache").rglob("*.part"))
 
 
 def test_images_load_where_no_cache_can_be_written(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     images, labels, classes = gan.load_images(str(folder), 16, 3)
-    assert images.shape == (24, 3, 16, 16) and len(classes) == 3 and "memory" in capsys.readouterr().out
-
-
-def test_interrupted_cache_leaves_nothing(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-    def interrupted(path):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(gan, "decode", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        gan.load_images(str(folder), 16, 3)
-    assert list((tmp_path / "gan.py").iterdir()) == []
-
-
-def test_flowers17_from_an_archive_of_its_layout(tmp_path, monkeypatch):
-    archive = tmp_path / "there" / "17flowers.tgz"
-    archive.parent.mkdir()
-    with tarfile.open(archive, "w:gz") as tar:
-        for i in (1, 80, 81, 1360):
-            write_picture(torch.full((3, 30, 40), min(i, 200), dtype=torch.uint8), tmp_path / "x.jpg")
-            tar.add(tmp_path / "x.jpg", f"jpg/image_{i:04d}.jpg")
-    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(archive.parent))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(gan, "FLOWERS17_URL", f"http://127.0.0.1:{server.server_port}/17flowers.tgz")
-
-    here = str(tmp_path / "here")
-    with pytest.raises(gan.UserError, match="flowers17"):  # the archive's checksum is another
-        gan.load_images("flowers17", 16, 3, here)
-    monkeypatch.setattr(gan, "FLOWERS17_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
-    for _ in range(2):
-        images, labels, classes = gan.load_images("flowers17", 16, 3, here)
-        assert images.float().mean((1, 2, 3)).round().tolist() == [1, 80, 81, 200]
-        assert [classes[y] for y in labels] == ["0", "0", "1", "16"]
-        server.shutdown()  # the second time needs no download
+    assert images.shape == (24, 3, 16, 16) and len(classes) == 3 and "cannot be cached" in capsys.readouterr().out
 
 
 def test_mnist_in_torchvision_layout(tmp_path):
@@ -716,33 +632,194 @@ def test_flips_mirror_half_of_the_images():
     assert (x.sum(3) == 0).all()
 
 
+def bmp_folder(path, value):
+    path.mkdir()
+    for i in range(4):
+        write_picture(torch.full((3, 16, 16), value, dtype=torch.uint8), path / f"{i}.bmp")
+        os.utime(path / f"{i}.bmp", (1, 1))
+    return str(path)
+
+
+def test_folders_of_equal_names_sizes_and_times_share_no_cache(tmp_path):
+    for name, value in (("A", 10), ("B", 200)):
+        images, _, _ = gan.load_images(bmp_folder(tmp_path / name, value), 16, 3)
+        assert images.float().mean() == value
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "I/O error"), PermissionError(13, "no")])
+def test_passing_errors_end_the_call_and_leave_no_cache(error, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            gan.load_images(str(folder), 16, 3)
+    assert len(gan.load_images(str(folder), 16, 3)[0]) == 24
+
+
+def test_what_is_skipped_is_told_each_time(tmp_path, capsys):
+    data = bmp_folder(tmp_path / "data", 7)
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "data" / "float.tif")
+    (tmp_path / "data" / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    for _ in range(2):
+        assert len(gan.load_images(data, 16, 3)[0]) == 4
+        out = capsys.readouterr().out
+        assert "skipped 2 of 6" in out and "float.tif (floating-point" in out and "program.png" in out
+
+
+def test_links_are_followed_and_each_folder_is_entered_once(tmp_path):
+    for name in ("a", "b"):
+        bmp_folder(tmp_path / name, 9)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "x").symlink_to(tmp_path / "a")
+    (data / "y").symlink_to(tmp_path / "b")
+    (tmp_path / "a" / "up").symlink_to(data)
+    (tmp_path / "b" / "up").symlink_to(tmp_path / "a")
+    (data / "gone").symlink_to(tmp_path / "nowhere")
+    images, labels, classes = gan.load_images(str(data), 16, 3)
+    assert len(images) == 8 and classes == ["x", "y"] and labels.tolist() == [0] * 4 + [1] * 4
+
+
+def test_hidden_folders_are_no_class_and_a_stray_picture_is_named(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for name in ("rose", "daisy", ".ipynb_checkpoints"):
+        bmp_folder(tmp_path / "data" / name, 9)
+    assert gan.load_images(str(tmp_path / "data"), 16, 3)[2] == ["daisy", "rose"]
+    write_picture(torch.zeros(3, 16, 16, dtype=torch.uint8), tmp_path / "data" / "stray.png")
+    assert gan.load_images(str(tmp_path / "data"), 16, 3)[2] == [] and "stray.png" in capsys.readouterr().out
+
+
+def test_names_that_are_no_text(tmp_path, capsys):
+    for name in (b"latin1-\xe9", b"two\nlines"):
+        bmp_folder(Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)), 9)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/two\nlines/broken\xff.png")).write_text("no image")
+    run = gan.train(gan.Config(**TOY, data=str(tmp_path), cond=True, steps=1, runs=str(tmp_path / "runs")))
+    out = capsys.readouterr().out
+    assert len(gan.load_generator(run)[0].classes) == 2 and "two\\nlines/broken" in out and "\ufffd" not in out
+
+
+def test_both_files_read_images_by_one_text():
+    for name in ("natural", "list_files", "read_image"):
+        assert inspect.getsource(getattr(gan, name)) == inspect.getsource(getattr(metrics, name))
+    assert gan.FORMATS == metrics.FORMATS
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Training
+# The step, checkpoints and runs
+
+
+@pytest.mark.parametrize(
+    "changes, losses",
+    [
+        (dict(loss="hinge"), [[2.27768, -1.41561], [2.45003, -0.31582], [2.07049, -0.55793], [3.42168, -0.7968]]),
+        (
+            dict(loss="ns", cond=False, size=32, width=16, max_width=512, z_dim=128, batch=16),
+            [[0.97703, 0.34279], [1.65712, 5.88815], [1.0598, 2.11177], [0.88367, 2.59472]],
+        ),
+    ],
+)
+def test_losses_are_those_recorded_before_a_rewrite(changes, losses):
+    config = gan.resolve(
+        gan.Config(**{**TOY, "cond": True, "seed": 3, **changes, "augment": "color,translation,cutout"})
+    )
+    images, labels, classes = gan.load_images("synthetic", config.size, 3)
+    model = gan.GAN(config, len(classes) if config.cond else 0)
+    data = gan.batches(images, labels, config, CPU)
+    ours = torch.stack([model.train_step(data)[:2] for _ in losses])
+    assert torch.allclose(ours[:2], torch.tensor(losses[:2]), rtol=0, atol=1e-3)
+    assert torch.allclose(ours, torch.tensor(losses), rtol=0, atol=2e-2)  # rounding grows, and differs by processor
+
+
+def test_average_moves_parameters_and_copies_buffers():
+    model = toy(batch=50)
+    for steps, half_life in ((1_000_000, 20_000), (400, 0.05 * 400 * 50)):  # images; early on 5% of those seen
+        before = [p.clone() for p in model.G_ema.parameters()]
+        torch.nn.init.normal_(model.G.norm.running_mean)
+        torch.nn.init.normal_(model.G.linear.weight)
+        model.steps, share = steps, 1 - 0.5 ** (50 / half_life)
+        model.update_average()
+        for old, now, p in zip(before, model.G_ema.parameters(), model.G.parameters()):
+            assert torch.allclose(now, (1 - share) * old + share * p, rtol=0, atol=1e-6)
+        assert torch.equal(model.G_ema.norm.running_mean, model.G.norm.running_mean)
+
+
+def test_float16_path_with_a_live_scaler():
+    model, twin = toy(d_steps=2, g_steps=2), toy(d_steps=2, g_steps=2)
+    model.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
+    for m in (model, twin):
+        m.train_step(random_batches(m.config))
+    for p, q in zip(model.G.parameters(), twin.G.parameters()):  # scaled gradients, unscaled steps
+        assert torch.allclose(p, q, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", list(gan.LOSSES))
+def test_every_loss_trains_both_networks(loss):
+    model = toy(loss=loss, g_steps=2, d_steps=2)
+    before = {name: [p.clone() for p in getattr(model, name).parameters()] for name in ("G", "D", "G_ema")}
+    assert torch.isfinite(model.train_step(random_batches(model.config))).all() and model.steps == 1
+    for name, old in before.items():
+        assert any(not torch.equal(p, q) for p, q in zip(getattr(model, name).parameters(), old)), name
+
+
+def test_bfloat16_on_the_cpu_stays_near_float32():
+    stats = []
+    for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16)):
+        model = toy(amp=amp)
+        stats.append(model.train_step(random_batches(model.config)))
+        with model.autocast():
+            assert model.D.conv(torch.zeros(1, 3, 16, 16)).dtype == dtype
+            assert model.D(torch.zeros(1, 3, 16, 16), torch.tensor([0])).dtype == torch.float32
+    assert torch.isfinite(stats[1]).all() and (stats[0] - stats[1])[:2].abs().max() < 0.05
+
+
+def test_auto_takes_bfloat16_where_the_processor_has_it(monkeypatch):
+    for known, dtype in (
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({}, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+        assert gan.pick_dtype("auto", CPU) == dtype
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert gan.pick_dtype("auto", CPU) == torch.float32
 
 
 def test_run_folder(run, folder):
     assert run.name == f"0000-ns-cond-{folder.name}-16"
     assert json.loads((run / "config.json").read_text())["augment"] == "color,translation,cutout"
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["step"] == 6 and {"loss_D", "loss_G", "right_real", "right_fake", "images_per_s"} <= log[-1].keys()
+    assert log[-1]["step"] == 6 and {"loss_D", "loss_G", "real_logit", "fake_logit", "images_per_s"} <= log[-1].keys()
     grid = pil_to_tensor(Image.open(run / "samples" / "0000006.png"))
     assert grid.shape == (3, 3 * 18 + 2, 10 * 18 + 2)  # a row for each class, ten columns, two pixels between
     G, config = gan.load_generator(run)
     assert not G.training and isinstance(config, gan.Config) and config.steps == 6
-    assert (run / "checkpoint.pt").exists() and not list(run.glob("*unfinished"))
+    assert G.classes == ["rose 1", "rose 9", "rose 10"] and not list(run.rglob("*.part"))
+
+
+def test_curves_appear_with_matplotlib_and_silently_not_without(folder, tmp_path, monkeypatch, capsys):
+    config = gan.Config(**TOY, data=str(folder), steps=2, runs=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        run = gan.train(config)
+    assert not (run / "curves.png").exists() and "matplotlib" not in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    assert Image.open(gan.train(config) / "curves.png").width > 300
+
+
+def same_state(run, other):
+    a, b = (gan.read_checkpoint(r / "checkpoint.pt") for r in (run, other))
+    for name in gan.GAN.PARTS:
+        leaves = [torch.utils._pytree.tree_leaves(c[name]) for c in (a, b)]
+        assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*leaves, strict=True)), name
+    assert a["steps"] == b["steps"]
 
 
 def test_resume_is_bit_for_bit_the_uninterrupted_run(folder, tmp_path):
-    toy = dict(TOY, data=str(folder), cond=True, d_steps=2, runs=str(tmp_path))
-    whole = gan.train(gan.Config(**toy, steps=8, name="whole"))
-    part = gan.train(gan.Config(**toy, steps=4, name="part"))
-    assert gan.main(["train", "--resume", str(part), "--steps", "8"]) == 0
-    a, b = (gan.read_checkpoint(r / "checkpoint.pt") for r in (whole, part))
-    for name in gan.MODULES[:5]:
-        flat_a, flat_b = (torch.utils._pytree.tree_leaves(c[name]) for c in (a, b))
-        assert len(flat_a) == len(flat_b) > 0
-        assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(flat_a, flat_b)), name
-    assert a["step"] == b["step"] == 8 and torch.equal(a["rng"], b["rng"])
+    config = dict(TOY, data=str(folder), cond=True, d_steps=2, runs=str(tmp_path))
+    whole = gan.train(gan.Config(**config, steps=8, name="whole"))
+    part = gan.train(gan.Config(**config, steps=4, name="part"))
+    gan.main(["train", "--resume", str(part), "--steps", "8"])
+    same_state(whole, part)
     assert (whole / "samples/0000008.png").read_bytes() == (part / "samples/0000008.png").read_bytes()
     steps = [json.loads(line)["step"] for line in (part / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 8
@@ -752,71 +829,168 @@ def test_resume_cuts_what_was_logged_after_the_checkpoint(folder, tmp_path):
     run = gan.train(gan.Config(**TOY, data=str(folder), steps=2, log_every=1, runs=str(tmp_path)))
     with open(run / "log.jsonl", "a") as log:
         log.write('{"step": 3, "loss_D": 9}\n{"step": 4, "lo')  # killed while it wrote
-    assert gan.main(["train", "--resume", str(run), "--steps", "3"]) == 0
+    gan.main(["train", "--resume", str(run), "--steps", "3"])
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3] and records[-1]["loss_D"] != 9
 
 
-def test_resume_takes_the_flags_of_the_run_and_moved_data(folder, tmp_path, capsys):
-    shutil.copytree(folder, tmp_path / "here")
-    flags = ["--cond", "--augment", "auto", "--runs", str(tmp_path / "runs"), *TOY_FLAGS]
-    assert gan.main(["train", "--data", str(tmp_path / "here"), "--steps", "1", "--name", "x", *flags]) == 0
-    (tmp_path / "here").rename(tmp_path / "there")
-    there = ["--data", str(tmp_path / "there")]
-    assert gan.main(["train", "--resume", "x", "--steps", "2", *there, *flags]) == 0
-    assert gan.main(["eval", "--runs", str(tmp_path / "runs"), "--extractor", "nowhere", *there]) == 2
-    assert "nowhere" in capsys.readouterr().err  # it got as far as the extractor
+def test_a_failure_at_any_write_loses_nothing(folder, tmp_path, monkeypatch):
+    """Stops a run at its k-th finished file, for each k; what --resume makes of it is the run without the failure."""
+    options = dict(TOY, data=str(folder), cond=True, steps=4, sample_every=2 / 3, runs=str(tmp_path))
+    reference = gan.train(gan.Config(**options, name="reference"))
+    grids = {path.name: path.read_bytes() for path in (reference / "samples").iterdir()}
+    move = os.replace
+    for k in range(50):
+        moves = iter(range(50))
+
+        def failing(source, target):
+            if next(moves) == k:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            move(source, target)
+
+        monkeypatch.setattr(os, "replace", failing)
+        config = gan.Config(**options, name=f"{k}")
+        try:
+            gan.train(config)
+            assert k == 8  # config.json, log, two checkpoints, grids and curves
+            break
+        except OSError as error:
+            assert str(tmp_path / f"{k}") in str(error)
+        monkeypatch.setattr(os, "replace", move)
+        run = tmp_path / f"{k}"
+        resumable = (run / "checkpoint.pt").exists()
+        with contextlib.suppress(gan.UserError):  # complete, but for a picture
+            gan.train(config, resume=run if resumable else None)
+        same_state(reference, run)
+        assert {path.name: path.read_bytes() for path in (run / "samples").iterdir()} == grids
+        assert not list(run.rglob("*.part"))
 
 
-def test_resume_with_a_scaler_that_was_off_before(run):
+def test_resume_may_change_some_options_and_changes_them_everywhere(folder, tmp_path, capsys):
+    config = gan.Config(**TOY, data=str(folder), steps=2, runs=str(tmp_path))
+    run = gan.train(config)
+    gan.train(replace(config, lr_G=1e-6, steps=3), resume=run)
+    assert gan.read_checkpoint(run / "checkpoint.pt")["opt_G"]["param_groups"][0]["lr"] == 1e-6
+    assert json.loads((run / "config.json").read_text())["lr_G"] == 1e-6
+    with pytest.raises(gan.UserError, match="loss cannot change"):
+        gan.train(replace(config, loss="wgan", steps=4), resume=run)
+    assert "loss cannot change" in fails(capsys, "train", "--resume", run, "--loss", "wgan")
+    assert "3 steps" in fails(capsys, "train", "--resume", run)
+    assert "no runs ''" in fails(capsys, "train", "--resume", "")
+
+
+def test_resume_with_other_images(folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    run = gan.train(gan.Config(**TOY, data=str(data), steps=1, cond=True, runs=str(tmp_path / "runs")))
+    data.rename(tmp_path / "moved")
+    gan.main(["train", "--resume", str(run), "--steps", "2", "--data", str(tmp_path / "moved")])
+    write_picture(torch.zeros(3, 16, 16, dtype=torch.uint8), tmp_path / "moved" / "rose 1" / "new.png")
+    assert "not what" in fails(capsys, "train", "--resume", run, "--steps", "3")
+    gan.main(["train", "--resume", str(run), "--steps", "3", "--data", str(tmp_path / "moved")])
+    (tmp_path / "moved" / "rose 1").rename(tmp_path / "moved" / "tulip")
+    assert "not what" in fails(capsys, "train", "--resume", run, "--steps", "4", "--data", tmp_path / "moved")
+    assert len(gan.load_images(str(tmp_path), 16, 3)[0]) == 25  # the pictures in runs/ are no data
+
+
+def test_what_is_not_finite_is_never_saved(run, tmp_path):
     content = gan.read_checkpoint(run / "checkpoint.pt")
-    assert content["scaler"] == {}
-    enabled = torch.amp.GradScaler("cpu", enabled=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.amp, "GradScaler", lambda *a, **k: enabled)
-        assert gan.restore(content, content["config"], torch.device("cpu")).scaler is enabled
+    model = gan.GAN(content["config"], 3)
+    model.classes, model.images, model.config.steps = content["classes"], content["images"], 9
+    model.load(run / "checkpoint.pt")
+    model.save(tmp_path / "good.pt")
+    before = (tmp_path / "good.pt").read_bytes()
+    spoilt = [
+        model.G.norm.running_var,
+        model.D.linear.parametrizations.weight[0].u,
+        next(iter(model.opt_G.state.values()))["exp_avg"],
+        model.G_ema.linear.weight.data,
+    ]
+    for tensor in spoilt:
+        kept, tensor.view(-1)[0] = tensor.view(-1)[0].clone(), float("inf")
+        with pytest.raises(gan.UserError, match="step 6 is not finite"):
+            model.save(tmp_path / "good.pt")
+        assert (tmp_path / "good.pt").read_bytes() == before
+        tensor.view(-1)[0] = kept
+    model.save(tmp_path / "good.pt")
 
 
-def test_float16_path_with_a_live_scaler():
-    state = toy_state(d_steps=2, g_steps=2)
-    state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
-    twin = toy_state(d_steps=2, g_steps=2)
-    images = torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for s in (state, twin):
-        torch.manual_seed(1)
-        gan.train_step(s, gan.batches(images, torch.arange(32) % 3, s.config, torch.device("cpu")))
-    for p, q in zip(state.G.parameters(), twin.G.parameters()):  # scaled gradients, unscaled steps
-        assert torch.allclose(p, q, rtol=0, atol=1e-5)
-
-
-def test_checkpoint_is_written_before_the_picture(folder, tmp_path, monkeypatch):
-    def broken(G):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(gan, "sample_grid", broken)
-    assert (
-        gan.main(["train", "--data", str(folder), *TOY_FLAGS, "--steps", "2", "--runs", str(tmp_path), "--name", "x"])
-        == 2
-    )
-    assert gan.read_checkpoint(tmp_path / "x" / "checkpoint.pt")["step"] == 2
-
-
-def test_failed_save_keeps_the_last_checkpoint(run, monkeypatch):
+def test_losses_that_are_not_finite_stop_the_run(folder, tmp_path, capsys):
+    run = gan.train(gan.Config(**TOY, data=str(folder), runs=str(tmp_path), log_every=5, steps=2))
+    content = torch.load(run / "checkpoint.pt")
+    content["D"]["linear.bias"] += float("nan")
+    torch.save(content, run / "checkpoint.pt")
     before = (run / "checkpoint.pt").read_bytes()
-    content = gan.read_checkpoint(run / "checkpoint.pt")
-    state = gan.restore(content, content["config"], torch.device("cpu"))
-
-    def full(fd):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError):
-        gan.save_checkpoint(run / "checkpoint.pt", state)
+    err = fails(capsys, "train", "--resume", run, "--steps", "9")
+    assert "losses are not finite at step 3" in err and "--lr-D" in err
     assert (run / "checkpoint.pt").read_bytes() == before
-    (run / "checkpoint.unfinished").unlink()
 
 
-def test_tensorboard_gets_scalars_and_pictures(folder, tmp_path, monkeypatch):
+def test_damaged_checkpoints_are_told_in_a_line(run, tmp_path, capsys):
+    whole, path = (run / "checkpoint.pt").read_bytes(), tmp_path / "checkpoint.pt"
+    with zipfile.ZipFile(run / "checkpoint.pt") as archive:
+        parts = [info for info in archive.infolist() if info.file_size > 60]
+    for i, info in enumerate(parts[:40]):
+        name_and_extra = whole[info.header_offset + 26 : info.header_offset + 30]
+        at = info.header_offset + 30 + sum(name_and_extra[::2]) + 256 * sum(name_and_extra[1::2]) + i
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        assert "damaged" in fails(capsys, "sample", "--run", path, "--out", tmp_path / "x.png")
+    content = torch.load(run / "checkpoint.pt")
+    changes = [("steps", "x"), ("steps", None), ("steps", -1), ("steps", 1.5), ("classes", None), ("classes", 5)]
+    for name, value in [*changes, ("config", {}), ("config", None), ("G_ema", {"a": 1})]:
+        torch.save({**content, name: value}, path)
+        assert "damaged" in fails(capsys, "sample", "--run", path, "--out", tmp_path / "x.png")
+    torch.save({name: value for name, value in content.items() if name != "opt_G"}, path)
+    assert "damaged" in fails(capsys, "train", "--resume", tmp_path, "--steps", "9")
+
+
+def test_checkpoints_of_an_older_version(run, tmp_path, capsys):
+    content = torch.load(run / "checkpoint.pt")
+    content["step"] = content.pop("steps")
+    content["config"]["label_smoothing"] = 0.0
+    torch.save(content | {"rng": torch.get_rng_state(), "rng_cuda": None}, tmp_path / "checkpoint.pt")
+    assert torch.equal(gan.generate(gan.load_generator(tmp_path)[0], 3), gan.generate(gan.load_generator(run)[0], 3))
+    assert "older version" in fails(capsys, "train", "--resume", tmp_path, "--steps", "9")
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError, match="x.png"):
+        gan.write_picture(tmp_path / "x.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_of_runs(tmp_path, monkeypatch):
+    config = gan.Config(**TOY, steps=1, runs=str(tmp_path))
+    first, second = gan.train(config), gan.train(config)
+    assert first.name == "0000-ns-synthetic-16" and second.name == "0001-ns-synthetic-16"
+    os.utime(second / "checkpoint.pt", (1, 1))
+    assert gan.find_run(None, tmp_path) == first and gan.find_run("0001", tmp_path) == second
+    with pytest.raises(gan.UserError):
+        gan.find_run("000", tmp_path)
+    (tmp_path / "killed").mkdir()  # before its first checkpoint
+    assert gan.train(replace(config, name="killed")) == tmp_path / "killed"
+    with pytest.raises(gan.UserError, match="exists"):
+        gan.train(replace(config, name="killed"))
+    long = replace(config, data=str(tmp_path / ("x" * 250)))
+    bmp_folder(Path(long.data), 3), bmp_folder(Path(long.data) / "more", 3)
+    assert len(gan.train(long).name) < 80
+
+
+def test_two_runs_of_one_moment_take_two_numbers(tmp_path, monkeypatch):
+    config, made = gan.Config(**TOY, steps=1, runs=str(tmp_path)), []
+    mkdir = Path.mkdir
+
+    def taken(path, *args, **options):  # by another process, a moment before
+        if path.name.startswith("0000-") and not made:
+            made.append(mkdir(path))
+        return mkdir(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", taken)
+    assert gan.train(config).name == "0001-ns-synthetic-16"
+
+
+def test_tensorboard_gets_scalars_and_pictures(folder, tmp_path, monkeypatch, capsys):
     calls = []
 
     class Writer:
@@ -826,54 +1000,11 @@ def test_tensorboard_gets_scalars_and_pictures(folder, tmp_path, monkeypatch):
         def __getattr__(self, name):
             return lambda *args: calls.append((name, args[0] if args else None))
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("Module", (), {"SummaryWriter": Writer}))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     gan.train(gan.Config(**TOY, data=str(folder), steps=1, runs=str(tmp_path), tensorboard=True))
-    assert {("add_scalar", "loss_D"), ("add_scalar", "loss_G"), ("add_image", "samples")} <= set(calls)
-
-
-def test_images_stay_off_a_device_that_is_too_small(monkeypatch):
-    images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * images.numel(), 10**9))
-    assert gan.place(images, torch.device("cuda")) is images
-
-
-@pytest.mark.parametrize("loss", list(gan.LOSSES))
-def test_every_loss_trains_both_networks(loss):
-    state = toy_state(loss=loss, label_smoothing=0.1 if loss in gan.SMOOTHABLE else 0, g_steps=2, d_steps=2)
-    before = {name: [p.clone() for p in getattr(state, name).parameters()] for name in ("G", "D", "G_ema")}
-    data = gan.batches(
-        torch.randint(256, (16, 3, 16, 16), dtype=torch.uint8), torch.arange(16) % 3, state.config, torch.device("cpu")
-    )
-    assert torch.isfinite(gan.train_step(state, data)).all() and state.step == 1
-    for name, old in before.items():
-        assert any(not torch.equal(p, q) for p, q in zip(getattr(state, name).parameters(), old)), name
-
-
-def test_bf16_on_cpu_stays_near_float32():
-    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    stats = []
-    for amp in ("off", "bf16"):
-        state = toy_state(amp=amp)
-        stats.append(gan.train_step(state, gan.batches(images, torch.arange(8) % 3, state.config, torch.device("cpu"))))
-        with gan.autocast(state):
-            h = state.D.conv(torch.zeros(1, 3, 16, 16))
-            assert h.dtype == (torch.bfloat16 if amp == "bf16" else torch.float32)
-            assert state.D(torch.zeros(1, 3, 16, 16), torch.tensor([0])).dtype == torch.float32
-    assert torch.isfinite(stats[1]).all() and (stats[0] - stats[1])[:2].abs().max() < 0.05
-
-
-def test_non_finite_losses_stop_the_run(folder, tmp_path, capsys):
-    toy = dict(TOY, data=str(folder), runs=str(tmp_path), log_every=1)
-    run = gan.train(gan.Config(**toy, steps=2, name="good"))
-    content = gan.read_checkpoint(run / "checkpoint.pt")
-    content["D"]["linear.bias"] += float("nan")
-    content["config"] = vars(content["config"])
-    torch.save(content, run / "checkpoint.pt")
-    before = (run / "checkpoint.pt").read_bytes()
-    capsys.readouterr()
-    err = fails(capsys, "train", "--resume", run, "--steps", "9")
-    assert "not finite at step 3" in err and "--lr-D" in err
-    assert (run / "checkpoint.pt").read_bytes() == before
+    assert {("add_scalar", "loss_D"), ("add_scalar", "fake_logit"), ("add_image", "samples")} <= set(calls)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "tensorboard" in fails(capsys, "train", *TOY_FLAGS, "--tensorboard", "--runs", tmp_path)
 
 
 def test_training_learns_the_classes(tmp_path):
@@ -881,8 +1012,8 @@ def test_training_learns_the_classes(tmp_path):
 
     Chance is 1 in 17, and an untrained generator stays near it whatever its colours; the margin asked for is fourfold.
     """
-    config = gan.Config(loss="hinge", cond=True, size=16, width=16, steps=150, batch=32, lr_G=1e-3, lr_D=1e-3, augment="none",
-                        device="cpu", runs=str(tmp_path))  # fmt: skip
+    config = gan.Config(loss="hinge", cond=True, size=16, width=16, steps=150, batch=32, lr_G=1e-3, lr_D=1e-3,
+                        augment="none", device="cpu", amp="off", runs=str(tmp_path))  # fmt: skip
     images, labels, _ = gan.load_images("synthetic", 16, 3)
     features = F.avg_pool2d(images.float() / 255, 4).flatten(1)  # [1360,48]
     means = torch.stack([features[labels == c].mean(0) for c in range(17)])
@@ -892,13 +1023,59 @@ def test_training_learns_the_classes(tmp_path):
         right = torch.cdist(samples, means).argmin(1) == torch.arange(17).repeat(20)
         return right.float().mean().item(), metrics.frechet_distance(features, samples)
 
-    start, start_distance = score(
-        gan.new_state(gan.resolve(config), [str(c) for c in range(17)], torch.device("cpu")).G_ema
-    )
+    start, start_distance = score(gan.GAN(gan.resolve(config), 17).G_ema)
     end, end_distance = score(gan.load_generator(gan.train(config))[0])
     print(f"accuracy {start:.3f} -> {end:.3f}, distance {start_distance:.3f} -> {end_distance:.3f}")
     assert start < 0.12 and end > 0.48
     assert end_distance < start_distance / 4
+
+
+@dataclass
+class MyConfig(gan.Config):
+    pull: float = gan.option(0.5, "weight of the squared logits in G's loss")
+
+
+class Mine(gan.GAN):
+    """Other networks, a rule of its own and an option of its own."""
+
+    Config = MyConfig
+
+    @staticmethod
+    def networks(c, num_classes):
+        G = torch.nn.Sequential(torch.nn.Linear(c.z_dim, 3 * c.size**2), torch.nn.Unflatten(1, (3, c.size, c.size)))
+        D = torch.nn.Sequential(torch.nn.Conv2d(3, c.width, c.size), torch.nn.ReLU(), torch.nn.Flatten())
+        D.append(torch.nn.Linear(c.width, 1))
+        G.forward = lambda z, y=None: torch.tanh(G[1](G[0](z)))
+        D.forward = lambda x, y=None: D[3](D[2](D[1](D[0](x)))).squeeze(1)
+        G.z_dim, G.num_classes, G.size, G.channels = c.z_dim, num_classes, c.size, 3
+        return G, D
+
+    def update_G(self, real, fake, y):
+        logits = self.D(fake, y)
+        loss = self.config.pull * (logits - 1).square().mean()
+        self.descend(self.opt_G, loss)
+        return loss.detach()
+
+
+def test_a_subclass_has_the_whole_command_line(tmp_path, capsys, extractor_file):
+    runs = ["--runs", str(tmp_path)]
+    gan.main(["train", *TOY_FLAGS, "--pull", "0.25", "--steps", "3", *runs], Mine)
+    gan.main(["train", *TOY_FLAGS, "--pull", "0.25", "--steps", "5", *runs, "--name", "whole"], Mine)
+    gan.main(["train", "--resume", "0000", "--steps", "5", *runs], Mine)
+    content = gan.read_checkpoint(tmp_path / "whole" / "checkpoint.pt", Mine)
+    resumed = gan.read_checkpoint(gan.find_run("0000", tmp_path) / "checkpoint.pt", Mine)
+    assert (
+        all(torch.equal(p, resumed["G"][name]) for name, p in content["G"].items()) and content["config"].pull == 0.25
+    )
+    gan.main(["eval", *runs, "--n", "20", "--extractor", str(extractor_file), "--trunc", "0.7"], Mine)
+    gan.main(["sample", *runs, "--n", "6", "--out", str(tmp_path / "x.npz")], Mine)
+    assert np.load(tmp_path / "x.npz")["images"].shape == (6, 16, 16, 3)
+    assert "pull" in fails(capsys, "sample", *runs) and "pull" in fails(capsys, "train", "--resume", "whole", *runs)
+    assert "pull cannot change" in fails(capsys, "train", "--resume", "whole", "--pull", "1", *runs, model=Mine)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
 
 
 def losses_of(run):
@@ -912,54 +1089,10 @@ SLOW = ["--lr-G", "1e-6", "--lr-D", "4e-6", "--log-every", "1"]
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-def test_compiled_training_is_eager_training(tmp_path, capsys):
+def test_compiled_training_is_eager_training(tmp_path):
     for name, flags in (("eager", []), ("compiled", ["--compile"])):
-        flags = [*TOY_FLAGS, *SLOW, "--steps", "5", "--runs", str(tmp_path), "--name", name, *flags]
-        assert gan.main(["train", *flags]) == 0
-    assert "does not work" not in capsys.readouterr().out
+        gan.main(["train", *TOY_FLAGS, *SLOW, "--steps", "5", "--runs", str(tmp_path), "--name", name, *flags])
     assert (losses_of(tmp_path / "eager") - losses_of(tmp_path / "compiled")).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("at_once", [True, False])
-def test_compile_says_why_it_goes_on_without(at_once, tmp_path, capsys, monkeypatch):
-    def broken(*args, **options):
-        raise RuntimeError("no compiler here\nand more")
-
-    def broken_later(self, **options):
-        self.forward = broken
-
-    flags = [*TOY_FLAGS, *SLOW, "--steps", "2", "--runs", str(tmp_path)]
-    assert gan.main(["train", *flags, "--name", "eager"]) == 0
-    monkeypatch.setattr(torch.nn.Module, "compile", broken if at_once else broken_later)
-    assert gan.main(["train", *flags, "--name", "compiled", "--compile"]) == 0
-    assert "going on without: RuntimeError: no compiler here\n" in capsys.readouterr().out
-    assert torch.equal(losses_of(tmp_path / "eager"), losses_of(tmp_path / "compiled"))
-
-
-def test_bench_counts_the_products_and_adds_up():
-    config = gan.Config(**TOY, cond=True, augment="none", steps=77)
-    result = gan.bench(config, seconds=1)
-    # Widths 4, 8, 8 at 16, 8, 4 pixels: multiply-adds of each convolution and matrix product for one image.
-    box = lambda channels, pixels: 4 * channels * pixels  # noqa: E731, 2 x 2 pixels, each channel by itself
-    D_first = 3 * 4 * 9 * 16**2
-    D_rest = 4 * 8 * 9 * 16**2 + 8 * 8 * 9 * 8**2 + 4 * 8 * 8**2  # a block: two convolutions and the skip
-    D_rest += 8 * 8 * 9 * 8**2 + 8 * 8 * 9 * 4**2
-    D_boxes = box(8, 17**2) + box(8, 9**2)
-    G_linear = 16 * (8 * 4 * 4 + 2 * (8 + 8 + 8 + 4))  # the first layer and the gains and biases of four norms
-    G_rest = (
-        8 * 8 * 9 * 4**2 + 8 * 8 * 9 * 8**2 + 8 * 4 * 9 * 8**2 + 4 * 4 * 9 * 16**2 + 8 * 4 * 8**2 + 4 * 3 * 9 * 16**2
-    )
-    G_boxes = box(8, 16**2 // 4) + box(4, 16**2)
-    D_last = 8
-    # Forward, gradient of the weights, gradient of the input: all three, but for fixed weights and inputs.
-    D_step = 2 * (2 * D_first + 3 * (D_rest + D_last) + 2 * D_boxes)
-    G_step = 3 * (G_linear + G_rest) + 2 * G_boxes + 2 * (D_first + D_rest + D_last + D_boxes)
-    assert abs(result["flop_per_step"] / (2 * 8 * (D_step + G_step)) - 1) < 0.02
-    assert result["steps"] == 77 and abs(result["run_s"] - 77 * result["step_s"]) < 1e-9
-    assert abs(result["images_per_s"] * result["step_s"] - 8) < 1e-9
-    assert abs(result["flop_per_s"] * result["step_s"] / result["flop_per_step"] - 1) < 1e-9
-    assert 0.5 < sum(result["parts_s"].values()) / result["step_s"] < 2
-    assert result["matmul_flop_per_s"] > 1e9 and result["peak_bytes"] > 50 * 2**20
 
 
 def torchrun(*argv, cwd=None):
@@ -971,150 +1104,108 @@ def torchrun(*argv, cwd=None):
     return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
+SCRIPT = f"""
+import os, sys, torch
+sys.path.insert(0, {str(HERE)!r})
+import gan
+gan.join("cpu")
+torch.manual_seed(0)
+h = (torch.randn(8, 5, 4, 4) + 30).to(torch.bfloat16).float()
+norm, whole = gan.SyncedBatchNorm(5), torch.nn.BatchNorm2d(5)
+if gan.n_ranks() > 1:
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        ours, theirs = norm(h.to(dtype).chunk(2)[gan.rank()]), whole(h).chunk(2)[gan.rank()]
+        assert ours.dtype == dtype and (ours - theirs).abs().max() < error
+    assert (norm.running_mean - whole.running_mean).abs().max() < 1e-3
+    assert (norm.running_var - whole.running_var).abs().max() < 1e-3
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double
+config = gan.resolve(gan.Config(loss="hinge", cond=True, size=16, width=4, max_width=8, z_dim=8, batch=8, amp="off",
+                                device="cpu", augment="color,translation,cutout"))
+images, labels, classes = gan.load_images("synthetic", 16, 3)
+model = gan.GAN(config, len(classes))
+model.dtype = torch.float32  # no autocast
+data = gan.batches(images, labels, config, model.device)
+losses = torch.stack([model.train_step(data) for _ in range(20)])
+gan.average_over_ranks([losses])
+z = gan.local_rows(lambda n: gan.sample_z(n, 8), 4)
+torch.save([model.G.state_dict(), model.D.state_dict(), dict(losses=losses), z], f"{{sys.argv[1]}}-{{gan.rank()}}")
+sys.stdout.flush()
+os._exit(0)  # see the end of gan.main
+"""
+
+
 def test_two_processes_train_as_one(tmp_path, folder):
     flags = [*TOY_FLAGS, *SLOW, "--data", folder, "--cond", "--steps", "20", "--runs", tmp_path]
-    assert gan.main(["train", *map(str, flags), "--name", "one"]) == 0
+    gan.main(["train", *map(str, flags), "--name", "one"])
     done = torchrun(HERE / "gan.py", "train", *flags, "--name", "two")
     assert done.returncode == 0, done.stderr
     one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
     assert len(one) == len(two) == 20 and (one - two).abs().max() < 1e-4
-    assert {p.name for p in (tmp_path / "two").iterdir()} == {"config.json", "checkpoint.pt", "log.jsonl", "samples"}
-    assert done.stdout.count("steps done") == 1  # one of them speaks
+    assert done.stdout.count("done at step 20") == 1  # one of them speaks
 
     # At the usual rates, in float64: the networks' weights and statistics too.
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import os, sys, torch\n"
-        f"sys.path.insert(0, {str(HERE)!r})\n"
-        "import gan\n"
-        "gan.join('cpu')\n"
-        "torch.manual_seed(0)\n"
-        "h = (torch.randn(8, 5, 4, 4) + 30).to(torch.bfloat16).float()\n"
-        "norm, whole = gan.SyncedBatchNorm(5), torch.nn.BatchNorm2d(5)\n"
-        "if gan.n_ranks() > 1:\n"
-        "    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):\n"
-        "        ours, theirs = norm(h.to(dtype).chunk(2)[gan.rank()]), whole(h).chunk(2)[gan.rank()]\n"
-        "        assert ours.dtype == dtype and (ours - theirs).abs().max() < error\n"
-        "    assert (norm.running_mean - whole.running_mean).abs().max() < 1e-3\n"
-        "    assert (norm.running_var - whole.running_var).abs().max() < 1e-3\n"
-        "torch.set_default_dtype(torch.float64)\n"
-        "torch.Tensor.float = torch.Tensor.double\n"
-        "config = gan.resolve(gan.Config(loss='hinge', cond=True, size=16, width=4, max_width=8, z_dim=8, batch=8))\n"
-        "config = gan.replace(config, augment='color,translation,cutout')\n"
-        "device = gan.pick_rank_device(config)\n"
-        "images, labels, classes = gan.load_images('synthetic', 16, 3)\n"
-        "state = gan.new_state(config, classes, device)\n"
-        "data = gan.batches(images, labels, config, device)\n"
-        "for _ in range(20):\n"
-        "    gan.train_step(state, data)\n"
-        "z = gan.part(lambda n: gan.sample_z(n, 8), 4)\n"
-        "torch.save([state.G.state_dict(), state.D.state_dict(), z], f'{sys.argv[1]}-{gan.rank()}')\n"
-        "os._exit(0)\n"  # see the end of gan.py
-    )
-    subprocess.run([sys.executable, script, tmp_path / "one"], check=True, timeout=120)
-    done = torchrun(script, tmp_path / "two")
+    (tmp_path / "ranks.py").write_text(SCRIPT)
+    subprocess.run([sys.executable, tmp_path / "ranks.py", tmp_path / "one"], check=True, timeout=120)
+    done = torchrun(tmp_path / "ranks.py", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     one, first, second = (torch.load(tmp_path / name) for name in ("one-0", "two-0", "two-1"))
-    for a, b, c in zip(one[:2], first[:2], second[:2]):
-        for name in a:
-            assert (a[name] - b[name]).abs().max() < 1e-9 and (a[name] - c[name]).abs().max() < 1e-9, name
-    assert (first[2] - second[2]).abs().min() > 1e-6  # each has noise of its own
-
-
-def test_a_lost_process_ends_the_job_with_a_checkpoint(tmp_path, folder):
-    # The second process kills itself in its tenth step.
-    (tmp_path / "killed.py").write_text(
-        "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(HERE)!r})\n"
-        "import gan\n"
-        "train_step = gan.train_step\n"
-        "def killed(state, data):\n"
-        "    if state.step == 9 and gan.rank() == 1:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return train_step(state, data)\n"
-        "gan.train_step = killed\n"
-        "os._exit(gan.main(sys.argv[1:]))\n"
-    )
-    flags = ["train", *TOY_FLAGS, "--data", folder, "--runs", tmp_path, "--name", "lost"]
-    done = torchrun(tmp_path / "killed.py", *flags, "--steps", 1000)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("gan.py")]
-    assert done.returncode != 0 and len(errors) == 1 and "after step 9, another process" in errors[0]
-    assert gan.read_checkpoint(tmp_path / "lost" / "checkpoint.pt")["step"] == 9
-    done = torchrun(HERE / "gan.py", "train", "--resume", tmp_path / "lost", "--steps", 12)
-    assert done.returncode == 0 and "12 steps done" in done.stdout, done.stderr
+    for a, b, c in zip(one[:3], first[:3], second[:3]):
+        for name in (name for name in a if "num_batches" not in name):  # which nothing reads
+            error = 1e-9 if name == "losses" else 1e-7
+            assert (a[name] - b[name]).abs().max() < error and (a[name] - c[name]).abs().max() < error, name
+    assert (first[3] - second[3]).abs().min() > 1e-6  # each has noise of its own
 
 
 @pytest.mark.parametrize(
     "argv, hint",
     [
-        (["train", "--batch", "7"], "same number"),
+        (["train", "--batch", "7"], "multiple of 2"),
         (["train", "--data", "nowhere"], "no folder"),
-        (["train", "--compile"], "single process"),
-        (["train", "--resume", "nowhere"], "no run nowhere"),
-        (["train", "--device", "cuda:1"], "a device of its own"),
+        (["train", "--resume", "nowhere"], "no runs 'nowhere'"),
         (["train", "--lossy"], "--lossy"),
-        (["sample"], "torchrun is for train"),
     ],
 )
 def test_errors_under_torchrun_are_told_once(argv, hint, tmp_path):
-    on_cpu = [] if argv == ["sample"] or "--device" in argv else ["--device", "cpu"]
-    check_error(torchrun(HERE / "gan.py", *argv, *on_cpu, cwd=tmp_path), hint, tmp_path)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_torchrun_without_a_gpu_cannot_use_one(tmp_path):
-    check_error(torchrun(HERE / "gan.py", "train", "--device", "cuda", cwd=tmp_path), "no device", tmp_path)
+    check_error(torchrun(HERE / "gan.py", *argv, "--device", "cpu", cwd=tmp_path), hint, tmp_path)
 
 
 def test_processes_with_different_flags_are_refused(tmp_path):
     code = f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\nimport gan\n"
-    code += "os._exit(gan.main(['train', '--device', 'cpu', '--seed', os.environ['RANK']]))\n"
+    code += "gan.main(['train', '--device', 'cpu', '--size', '16', '--seed', os.environ['RANK']])\n"
     (tmp_path / "differ.py").write_text(code)
     check_error(torchrun(tmp_path / "differ.py", cwd=tmp_path), "need the same flags", tmp_path)
 
 
 def check_error(done, hint, tmp_path):
-    errors = [line for line in done.stderr.splitlines() if line.startswith("gan.py")]
+    errors = [line for line in done.stderr.splitlines() if ".py: error: " in line]
     assert done.returncode != 0 and len(errors) == 1 and hint in errors[0], done.stderr
     assert not (tmp_path / "runs").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Commands, as a user gives them
+# Sampling and commands
 
 
-def command(*argv, cwd):
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=120)
-
-
-TOY_FLAGS = "--size 16 --width 4 --max-width 8 --z-dim 8 --batch 8 --device cpu".split()
+def command(*argv, cwd, **options):
+    return subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=120, **options
+    )
 
 
 def test_each_file_works_alone(tmp_path, folder, extractor_file):
-    shutil.copy(HERE / "gan.py", tmp_path)
-    assert command("-c", "import gan", cwd=tmp_path).stdout == ""
-    done = command("gan.py", "train", "--loss", "ns", *TOY_FLAGS, "--steps", 3, cwd=tmp_path)
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    shutil.copy(HERE / "gan.py", tmp_path / "a")
+    shutil.copy(HERE / "metrics.py", tmp_path / "b")
+    assert command("gan.py", "train", "--data", folder, *TOY_FLAGS, "--steps", "2", cwd=tmp_path / "a").returncode == 0
+    assert command("gan.py", "sample", "--n", "3", cwd=tmp_path / "a").returncode == 0
+    done = command("gan.py", "eval", cwd=tmp_path / "a")
+    assert done.returncode == 2 and "metrics" in done.stderr and done.stderr.count("\n") == 1
+    done = command("metrics.py", folder, folder, "--extractor", extractor_file, cwd=tmp_path / "b")
     assert done.returncode == 0, done.stderr
-    assert "step 3/3" in done.stdout and (tmp_path / "runs/0000-ns-synthetic-16/checkpoint.pt").exists()
-    done = command("gan.py", "train", "--cond", "--data", folder, *TOY_FLAGS, "--epochs", 1, cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / f"runs/0001-ns-cond-{folder.name}-16").is_dir(), done.stderr
-    done = command("gan.py", "sample", "--trunc", 0.7, "--classes", "2,0", "--out", "grid.png", cwd=tmp_path)
-    assert done.returncode == 0 and Image.open(tmp_path / "grid.png").size == (10 * 18 + 2, 2 * 18 + 2), done.stderr
-    done = command("gan.py", "sample", "--run", "0000", "--n", 3, "--out", "many", cwd=tmp_path)
-    assert done.returncode == 0 and len(list((tmp_path / "many").glob("0000?.png"))) == 3, done.stderr
-
-    (tmp_path / "elsewhere").mkdir()
-    shutil.copy(HERE / "metrics.py", tmp_path / "elsewhere")
-    done = command("metrics.py", folder, tmp_path / "many", "--extractor", extractor_file, cwd=tmp_path / "elsewhere")
-    assert done.returncode == 0 and "FD(tiny)" in done.stdout and "FID" not in done.stdout, done.stderr
-
-    shutil.copy(HERE / "metrics.py", tmp_path)
-    done = command("gan.py", "eval", "--trunc", 0.7, 1.5, "--extractor", extractor_file, cwd=tmp_path)
-    assert done.returncode == 0 and "FD(tiny)" in done.stdout, done.stderr
-    assert (tmp_path / f"runs/0001-ns-cond-{folder.name}-16/eval-trunc-0.7.png").exists()
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for GNU's C library alone")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for the GNU C library")
 def test_held_memory_is_not_handed_back():
     code = (
         "import resource, gan, torch\n"
@@ -1127,126 +1218,7 @@ def test_held_memory_is_not_handed_back():
     assert int(command("-c", code, cwd=HERE).stdout) < 16384  # a block at most; handed back, all ten would count
 
 
-def test_errors_have_no_traceback_and_status_2(tmp_path):
-    for argv in (["train", "--data", "nowhere"], ["eval"], ["train", "--loss", "mse"], []):
-        done = command(HERE / "gan.py", *argv, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("gan.py: error: ")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "flags, hint",
-    [
-        ("--data {tmp}/nowhere", "nowhere"),
-        ("--data {tmp}/empty", "no usable image"),
-        ("--data {tmp}/junk", "no usable image"),
-        ("--data mnist --data-dir {tmp}/file", "mnist"),
-        ("--loss mse", "hinge"),
-        ("--size 48", "16, 32, 64, 128 or 256"),
-        ("--size 8", "16, 32, 64, 128 or 256"),
-        ("--size big", "size"),
-        ("--channels 2", "1 or 3"),
-        ("--batch 25", "24 images"),
-        ("--batch 1", "batch"),
-        ("--cond --data {folder}/rose-1", "sub-folder"),
-        ("--augment color,blur", "blur"),
-        ("--epochs 0", "epochs"),
-        ("--steps -1", "steps"),
-        ("--lr-G 0", "lr-G"),
-        ("--beta1 1", "beta1"),
-        ("--label-smoothing 1", "label-smoothing"),
-        ("--loss hinge --label-smoothing 0.1", "ns, minimax"),
-        ("--device tpu", "tpu"),
-        ("--amp fp16", "CUDA"),
-        ("--name taken", "taken"),
-        ("--name ../taken", "plain"),
-        ("--data=", "empty"),
-        ("--runs {tmp}/file", "file"),
-        ("--runs {tmp}/file/below", "file"),
-        ("--resume {tmp}/nowhere", "nowhere"),
-        ("--resume {run}", "--steps"),
-        ("--resume {run} --steps 9 --loss hinge", "loss"),
-        ("--resume {run}/checkpoint.pt --steps 9", "folder"),
-        ("--z-dimension 3", "--z-dimension"),
-        ("--epochs 1e308", "epochs"),
-        ("--seed 99999999999", "seed"),
-        ("--device meta", "meta"),
-        ("--tensorboard", "pip install tensorboard"),
-        ("--data flowers102 --data-dir {tmp}/file", "flowers102"),
-    ],
-)
-def test_user_errors_of_train(flags, hint, run, folder, tmp_path, capsys, monkeypatch):
-    for name in ("empty", "junk", "runs", "runs/taken"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "file").write_text("kept")
-    (tmp_path / "junk" / "a.png").write_text("no picture")
-    (tmp_path / "rose-1").symlink_to(folder / "rose 1")
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    monkeypatch.setattr(
-        "urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(urllib.error.URLError("offline"))
-    )
-    checkpoint = (run / "checkpoint.pt").read_bytes()
-    words = [w.format(tmp=tmp_path, run=run, folder=tmp_path) for w in flags.split()]
-    resuming = "--resume" in words
-    defaults = [] if resuming else ["--steps", "2", "--runs", str(tmp_path / "runs"), *TOY_FLAGS]
-    data = [] if resuming or "--data" in flags else ["--data", str(folder)]
-    assert hint in fails(capsys, "train", *defaults, *data, *words)
-    assert (tmp_path / "file").read_text() == "kept" and (run / "checkpoint.pt").read_bytes() == checkpoint
-    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["taken"]  # no run was begun
-
-
-@pytest.mark.parametrize(
-    "argv, hint",
-    [
-        ("eval --runs {tmp}", "no run in"),
-        ("eval --run nowhere", "nowhere"),
-        ("eval --run {run} --trunc -1", "positive"),
-        ("eval --run {run} --trunc much", "trunc"),
-        ("eval --run {run} --n 1", "from 2"),
-        ("eval --run {run} --extractor {tmp}/nowhere.pt2", "nowhere.pt2"),
-        ("eval --run {run} --extractor {tmp}/text.pt2", "text.pt2"),
-        ("eval --run {run} --extractor {tmp}/text.pt", "text.pt"),
-        ("sample --run {tmp}/text.pt", "damaged"),
-        ("sample --run {tmp}/half.pt", "damaged"),
-        ("sample --run {tmp}/other.pt", "damaged"),
-        ("sample --run {tmp}/misfit.pt", "does not fit"),
-        ("sample --run {tmp}/lacking.pt", "G_ema"),
-        ("sample --run {run} --seed 99999999999999999999999", "seed"),
-        ("eval --run {run} --extractor {tmp}/fixed.pt2", "makes no features"),
-        ("sample --run {run} --classes 3", "0 to 2"),
-        ("sample --run {run} --classes -1", "0 to 2"),
-        ("sample --run {run} --classes a", "classes"),
-        ("sample --run {run} --trunc 0", "positive"),
-        ("sample --run {run} --out {tmp}/grid.gif", ".png"),
-        ("sample --run {run} --out {tmp}/text.pt/grid.png", "text.pt"),
-        ("sample --run {run} --out {tmp}", "not empty"),
-        ("sample --run {run} --interpolate --out {tmp}/walk", ".png"),
-    ],
-)
-def test_user_errors_of_eval_and_sample(argv, hint, run, tmp_path, capsys):
-    if "fixed" in argv:  # a program for one size and one batch, with one output
-        torch.export.save(torch.export.export(torch.nn.Flatten(), (torch.rand(3, 3, 4, 4),)), tmp_path / "fixed.pt2")
-    for name in ("text.pt", "text.pt2"):
-        (tmp_path / name).write_text("text")
-    whole = (run / "checkpoint.pt").read_bytes()
-    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
-    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
-    content = torch.load(run / "checkpoint.pt", weights_only=True)
-    torch.save({**content, "config": {**content["config"], "width": 8}}, tmp_path / "misfit.pt")
-    del content["G_ema"]
-    torch.save(content, tmp_path / "lacking.pt")
-    before = sorted(run.rglob("*")), sorted(tmp_path.rglob("*"))
-    assert hint in fails(capsys, *(word.format(run=run, tmp=tmp_path) for word in argv.split()))
-    assert (sorted(run.rglob("*")), sorted(tmp_path.rglob("*"))) == before
-
-
-def test_classes_of_an_unconditional_run(folder, tmp_path, capsys):
-    run = gan.train(gan.Config(**TOY, data=str(folder), steps=1, runs=str(tmp_path)))
-    capsys.readouterr()
-    assert "unconditional" in fails(capsys, "sample", "--run", run, "--classes", "1")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_finish_the_step_and_save(number, tmp_path, folder):
     argv = [
         sys.executable,
@@ -1261,58 +1233,78 @@ def test_signals_finish_the_step_and_save(number, tmp_path, folder):
         "1",
     ]
     with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        lines = []
-        while not (lines and lines[-1].startswith("step 3/")):
-            lines.append(process.stdout.readline())
-            assert lines[-1], process.stderr.read()
+        while not (line := process.stdout.readline()).startswith("step 3/"):
+            assert line, process.stderr.read()
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and err == "", err
-    run = next((tmp_path / "runs").iterdir())
-    content = gan.read_checkpoint(run / "checkpoint.pt")
-    assert content["step"] >= 3 and f"stopped and saved at step {content['step']}" in out
-    assert f"python gan.py train --resume {run.relative_to(tmp_path)}" in out
+    steps = gan.read_checkpoint(next((tmp_path / "runs").iterdir()) / "checkpoint.pt")["steps"]
+    assert steps >= 3 and f"stopped at step {steps}" in out
 
 
-def test_sample_outputs(run, tmp_path):
-    assert gan.main(["sample", "--run", str(run), "--n", "7", "--out", str(tmp_path / "deep" / "s.npz")]) == 0
-    with np.load(tmp_path / "deep" / "s.npz") as file:
-        assert file["images"].shape == (7, 16, 16, 3) and file["images"].dtype == np.uint8
-        assert file["labels"].tolist() == [0, 0, 0, 1, 1, 1, 2]
-        G, _ = gan.load_generator(run)
-        expected = gan.generate(G, 7, classes=file["labels"])
-        assert np.array_equal(file["images"], expected.permute(0, 2, 3, 1).numpy())
-    assert gan.main(["sample", "--run", str(run), "--n", "7", "--out", str(tmp_path / "folder")]) == 0
-    for i, image in enumerate(expected):
-        assert torch.equal(pil_to_tensor(Image.open(tmp_path / "folder" / f"{i:05d}.png")), image)
-    assert (
-        gan.main(["sample", "--run", str(run), "--interpolate", "--classes", "1", "--out", str(tmp_path / "w.png")])
-        == 0
-    )
-    assert Image.open(tmp_path / "w.png").size == (10 * 18 + 2, 8 * 18 + 2)
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
+    argv = [sys.executable, HERE / "gan.py", "train", *TOY_FLAGS, "--steps", "30", "--log-every", "1"]
+    with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        process.wait(timeout=60)
+    assert gan.read_checkpoint(next((tmp_path / "runs").iterdir()) / "checkpoint.pt")["steps"] == 30
 
 
-@pytest.mark.parametrize("out", ["many.npz", "many"])
-def test_samples_go_to_disk_as_they_come(out, tmp_path):
-    alive = set()
+@pytest.mark.parametrize(
+    "argv, hint",
+    [
+        ("train --size 48", "48"),
+        ("train --steps 0", "steps"),
+        ("train --batch 1", "batch"),
+        ("train --lr-G -1", "lr_G"),
+        ("train --beta1 1", "beta1"),
+        ("train --augment color,blur", "augment"),
+        ("train --name a/b", "name"),
+        ("train --seed -1", "seed"),
+        ("train --epochs x", "--epochs"),
+        ("train --batch 4000", "4000"),
+        ("train --amp fp16 --device cpu", "fp16"),
+        ("train --device privateuseone", "device"),
+        ("train --device mps", "device"),
+        ("train --data nowhere", "nowhere"),
+        ("train --data mnist --data-dir nowhere", "mnist"),
+        ("train --z-dim 999999999 --device cpu", "memory"),
+        ("train --runs /dev/null/x", "/dev/null/x"),
+        ("train --los ns", "--los"),
+        ("sample --run nowhere", "nowhere"),
+        ("sample --n 4294967295", "4294967295"),
+        ("sample --seed 99999999999999999999", "seed"),
+        ("sample --trunc 0", "trunc"),
+        ("sample --trunc x", "trunc"),
+        ("sample --classes 9223372036854775808", "9223372036854775808"),
+        ("sample --classes tulip", "tulip"),
+        ("sample --out x.jpg", "x.jpg"),
+        ("eval --extractor nowhere", "nowhere"),
+        ("eval --data nowhere", "nowhere"),
+        ("launch", "launch"),
+    ],
+)
+def test_bad_input_gets_one_line(argv, hint, run, tmp_path, capsys, monkeypatch):
+    if torch.backends.mps.is_available() and "mps" in argv:
+        pytest.skip("MPS works here")
+    monkeypatch.chdir(tmp_path)
+    where = [] if argv.startswith(("train", "launch")) else ["--runs", run.parent]
+    err = fails(capsys, *argv.split(), *where)
+    assert hint in err and len(err) <= 250
+    assert not (tmp_path / "runs").exists()
 
-    def batches():
-        for i in range(5):
-            images = torch.full((2, 3, 16, 16), i, dtype=torch.uint8)
-            alive.add(i)
-            weakref.finalize(images, alive.discard, i)
-            yield images
-            del images
-            assert len(alive) <= 1
 
-    y = torch.arange(10)
-    gan.write_samples(tmp_path / out, batches(), (10, 16, 16, 3), y)
-    if out == "many.npz":
-        content = np.load(tmp_path / out)
-        assert content["images"].shape == (10, 16, 16, 3) and content["images"].dtype == np.uint8
-        assert (content["images"][:, 0, 0, 0] == np.arange(10) // 2).all() and (content["labels"] == y.numpy()).all()
-    else:
-        assert len(list((tmp_path / out).iterdir())) == 10
+def test_generate_is_the_same_for_every_n_and_call(run):
+    G, _ = gan.load_generator(run)
+    for trunc in (None, 0.7):
+        five, eight = (gan.generate(G, n, trunc, seed=1).int() for n in (5, 8))
+        assert (five - eight[:5]).abs().max() <= 1
+    odd = gan.Generator(16, 3, 4, 8, 5)
+    assert (gan.generate(odd, 3).int() - gan.generate(odd, 7)[:3].int()).abs().max() <= 1
+    z, y = gan.sample_z(1, 8, None, torch.Generator().manual_seed(1)), gan.choose_classes(G, 1, seed=1)
+    with torch.no_grad():  # a loaded generator is ready to be called
+        assert torch.equal(gan.to_uint8(G(z, y)), gan.generate(G, 1, seed=1))
 
 
 class Recorder(gan.Generator):
@@ -1325,16 +1317,28 @@ class Recorder(gan.Generator):
         return super().forward(z, y)
 
 
-def rendered():
+def rendered(skip=20):
     """All z and y that a Recorder was called with behind the 20 batches of statistics; the list is empty then."""
-    z, y = (torch.cat(parts) for parts in zip(*Recorder.calls[20:]))
+    z, y = (torch.cat(parts) for parts in zip(*Recorder.calls[skip:]))
     Recorder.calls.clear()
     return z, y
 
 
+def test_statistics_are_estimated_once_for_each_state_of_the_weights():
+    G = Recorder(16, 3, 4, 8, 8)
+    for trunc, calls in ((None, 21), (None, 1), (0.7, 21), (0.7, 1), (None, 1)):
+        gan.generate(G, 1, trunc)
+        assert len(Recorder.calls) == calls
+        Recorder.calls.clear()
+    with torch.no_grad():
+        G.linear.weight += 1
+    gan.generate(gan.with_standing_statistics(G), 1)
+    assert len(Recorder.calls) == 21
+    Recorder.calls.clear()
+
+
 def test_interpolation_ends_at_its_noise_and_keeps_its_length():
-    G = Recorder(16, 3, 4, 8, 8, 3)
-    gan.interpolate(G, classes=[2, 0], rows=3, columns=5, seed=4)
+    gan.interpolate(Recorder(16, 3, 4, 8, 8, 3), classes=[2, 0], rows=3, columns=5, seed=4)
     z, y = rendered()
     ends = gan.sample_z(6, 8, generator=torch.Generator().manual_seed(4))
     assert y.tolist() == [2] * 5 + [0] * 5 + [2] * 5
@@ -1352,69 +1356,76 @@ def test_grid_has_a_class_a_row_and_a_z_a_column():
     assert len(rendered()[0].unique(dim=0)) == 32
 
 
-def test_newest_run_and_names(tmp_path):
-    for i, name in enumerate(("0000-b", "0001-a", "0002-c")):
-        (tmp_path / name).mkdir()
-        if i < 2:
-            (tmp_path / name / "checkpoint.pt").write_text("")
-            os.utime(tmp_path / name / "checkpoint.pt", (100 - i, 100 - i))
-    assert gan.find_run(None, tmp_path).name == "0000-b"  # the newest checkpoint, not the highest number
-    assert gan.find_run("0001", tmp_path).name == "0001-a"
-    (tmp_path / "0001").mkdir()
-    assert gan.find_run("0001", tmp_path).name == "0001"  # a full name goes before a start
-    with pytest.raises(gan.UserError, match="more than one"):
-        gan.find_run("000", tmp_path)
-    assert gan.create_run(gan.Config(runs=str(tmp_path), size=32)).name == "0003-ns-synthetic-32"
+def test_sample_outputs(run, tmp_path):
+    sample = lambda *argv: gan.main(["sample", "--run", str(run), *argv])  # noqa: E731
+    sample("--n", "7", "--out", str(tmp_path / "deep" / "s.npz"))
+    with np.load(tmp_path / "deep" / "s.npz") as file:
+        images, labels = file["images"], file["labels"]
+    assert images.shape == (7, 16, 16, 3) and images.dtype == np.uint8 and labels.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    expected = gan.generate(gan.load_generator(run)[0], 7, classes=labels)
+    assert np.array_equal(images, expected.permute(0, 2, 3, 1).numpy())
+    sample("--n", "7", "--out", str(tmp_path / "folder"))
+    for i, image in enumerate(expected):
+        assert torch.equal(pil_to_tensor(Image.open(tmp_path / "folder" / f"{i:05d}.png")), image)
+    sample("--interpolate", "--classes", "rose 9", "--out", str(tmp_path / "w.png"))
+    assert Image.open(tmp_path / "w.png").size == (10 * 18 + 2, 8 * 18 + 2)
+    sample("--classes", "rose 10,0", "--n", "4", "--out", str(tmp_path / "s.npz"))
+    assert np.load(tmp_path / "s.npz")["labels"].tolist() == [2, 2, 0, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# eval
-
-
-def test_eval_writes_scores_and_grids(run, extractor_file, capsys, monkeypatch):
+def test_eval_writes_scores_and_grids(run, extractor_file, capsys):
     argv = ["eval", "--run", str(run), "--trunc", "0.5", "none", "--extractor", str(extractor_file), "--n", "30"]
-    assert gan.main(argv) == 0
+    gan.main(argv)
     out = capsys.readouterr().out
     result = json.loads((run / "eval.json").read_text())
-    assert result["network"] == "tiny" and result["n_real"] == 24
-    assert result["resize"] == "native" and result["precision"] == "float32" and len(result["weights"]) == 16
-    assert [(row["trunc"], row["n"]) for row in result["scores"]] == [(0.5, 30), (None, 30)]
-    assert "FD(tiny)" in out and "FID" not in out and "0.5" in out and "30" in out
+    assert [(row["trunc"], row["n"]) for row in result["scores"]] == [(0.5, 30), (None, 30)] and result["n_real"] == 24
+    row = result["scores"][0]
+    assert row["network"] == "tiny" and row["dtype"] == "float32" and len(row["weights"]) == 16 and "FD(tiny)" in out
     assert Image.open(run / "eval-trunc-0.5.png").size == Image.open(run / "eval-trunc-none.png").size
 
     # The same by hand.
     network = metrics.load_extractor(extractor_file)
-    G, _ = gan.load_generator(run)
     images, labels, _ = gan.load_images(json.loads((run / "config.json").read_text())["data"], 16, 3)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
-    samples = gan.generate(G, 30, 0.5, labels[order])
-    real, fake = metrics.extract(network, images)[0], metrics.extract(network, samples)[0]
-    assert abs(result["scores"][0]["FD(tiny)"] - metrics.frechet_distance(real, fake)) < 1e-6
-
-    # The real images' features come from the cache.
-    sizes, measure = [], metrics.measure
-    monkeypatch.setattr(metrics, "measure", lambda e, x, **how: sizes.append(len(x)) or measure(e, x, **how))
-    assert gan.main(argv) == 0 and sizes == [30, 30]
-    assert json.loads((run / "eval.json").read_text()) == result
+    samples = gan.generate(gan.load_generator(run)[0], 30, 0.5, labels[order].tolist())
+    real, fake = network(images)[0], network(samples)[0]
+    assert abs(row["FD(tiny)"] - metrics.frechet_distance(real, fake)) < 1e-6
+    assert row["SWD"] == metrics.sliced_wasserstein(images, samples)
 
 
-@pytest.mark.parametrize("failure", [urllib.error.URLError("offline"), EOFError(), RuntimeError("invalid hash")])
-def test_eval_without_inception_weights(failure, run, capsys, monkeypatch):
-    def offline(*args, **kwargs):
-        raise failure
+def test_eval_matches_classes_by_name(run, folder, extractor_file, tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        gan, "generate", lambda G, n, trunc, classes, seed: drawn.append(classes) or torch.zeros(n, 3, 16, 16).byte()
+    )
+    argv = ["eval", "--run", str(run), "--extractor", str(extractor_file), "--data", str(tmp_path)]
+    for name in ("rose 10", "rose 9"):
+        shutil.copytree(folder / name, tmp_path / name)
+    gan.main(argv)
+    assert sorted(drawn[0]) == [1] * 8 + [2] * 8
+    (tmp_path / "rose 9").rename(tmp_path / "tulip")
+    capsys.readouterr()
+    assert "no class tulip" in fails(capsys, *argv)
 
-    monkeypatch.setattr(metrics.Inception_V3_Weights, "get_state_dict", offline)
-    (run / "eval-trunc-0.7.png").unlink(missing_ok=True)
-    assert gan.main(["eval", "--run", str(run), "--trunc", "0.7"]) == 0
+
+def test_eval_without_inception_weights(run, capsys, monkeypatch):
+    monkeypatch.setattr(
+        metrics.Inception_V3_Weights,
+        "get_state_dict",
+        lambda *a, **k: (_ for _ in ()).throw(urllib.error.URLError("offline")),
+    )
+    gan.main(["eval", "--run", str(run), "--trunc", "0.7"])
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "checkpoints" in captured.err and "--extractor" in captured.err
-    row = json.loads((run / "eval.json").read_text())["scores"][0]
-    assert row["FID"] is None and row["IS"] is None and row["trunc"] == 0.7
+    assert "FID -" in captured.out and json.loads((run / "eval.json").read_text())["scores"][0]["SWD"] > 0
     assert (run / "eval-trunc-0.7.png").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # metrics: statistics and the Frechet distance
+
+
+MADE_BY = {"network": "n", "weights": "w", "resize": "tf1", "dtype": "float32"}
 
 
 def normal(n, d, seed):
@@ -1426,7 +1437,7 @@ def orthonormal(n, d, seed):
 
 
 def features_of(n, mean, values, basis, seed):
-    """Features [n,d] whose mean is mean [d] and whose covariance is basis^T diag(values) basis, up to rounding."""
+    """Features [n,d] of mean [d] and covariance basis^T diag(values) basis, up to rounding."""
     x = normal(n, len(values), seed)
     scores = torch.linalg.qr(x - x.mean(0)).Q  # centred, uncorrelated
     return mean + scores * (values * (n - 1)).sqrt() @ basis
@@ -1434,65 +1445,33 @@ def features_of(n, mean, values, basis, seed):
 
 def test_stats_equal_numpy_in_any_parts(tmp_path):
     x = normal(3000, 7, 0) @ normal(7, 7, 1) + 1000  # far from zero: sums of squares would lose digits
+    mean, cov = x.numpy().mean(0), np.cov(x.numpy(), rowvar=False)
     stats = metrics.FeatureStats(7)
     for part in x.split([1, 99, 0, 400, 2500]):
         stats.update(part)
     one, other = metrics.FeatureStats(7).update(x[:1]), metrics.FeatureStats(7).update(x[1:])
+    x += 1  # the statistics keep what they were given
     merged = metrics.FeatureStats(7).merge(one).merge(other.merge(metrics.FeatureStats(7)))
     stats.save(tmp_path / "stats.npz")
     for s in (stats, merged, metrics.FeatureStats.load(tmp_path / "stats.npz")):
-        assert s.n == 3000
-        assert np.abs(s.mean.numpy() - x.numpy().mean(0)).max() < 1e-9
-        assert np.abs(s.cov.numpy() - np.cov(x.numpy(), rowvar=False)).max() < 1e-9
+        assert s.n == 3000 and np.abs(s.mean.numpy() - mean).max() < 1e-9 and np.abs(s.cov.numpy() - cov).max() < 1e-9
     assert sum(map(len, stats._pending)) + len(stats.factor) <= 1024 + 7  # nothing that grows with n
 
 
-def test_stats_keep_what_they_were_given():
-    x = normal(20, 3, 0)
-    copy = x.clone()
-    stats = metrics.FeatureStats(3).update(x)
-    x += 1
-    assert torch.allclose(stats.mean, copy.mean(0)) and torch.equal(x, copy + 1)
-
-
 def test_stats_files_are_those_of_pytorch_fid(tmp_path):
-    x = normal(30, 4, 0)
+    x, y = normal(30, 4, 0), normal(9, 4, 1)
     mu, sigma = x.numpy().mean(0), np.cov(x.numpy(), rowvar=False)
-    np.savez(tmp_path / "theirs.npz", mu=mu, sigma=sigma)
+    np.savez(tmp_path / "theirs.npz", mu=mu, sigma=sigma, weights="w")  # half a made_by is none
     theirs = metrics.FeatureStats.load(tmp_path / "theirs.npz")
-    y = normal(9, 4, 1)
     assert abs(metrics.frechet_distance(theirs, y) - metrics.frechet_distance(x, y)) < 1e-9
     assert theirs.n is None and theirs.made_by == {}
-    for add in (lambda: metrics.FeatureStats(4).update(y).merge(theirs), lambda: theirs.update(y).mean):
-        with pytest.raises(metrics.UserError, match="number of samples"):
-            add()
-    np.savez(tmp_path / "part.npz", mu=mu, sigma=sigma, weights="w")  # what does not tell all tells nothing
-    assert metrics.FeatureStats.load(tmp_path / "part.npz").made_by == {}
-    metrics.FeatureStats(4, {"network": "n", "weights": "w", "resize": "r", "precision": "p"}).update(x).save(
-        tmp_path / "ours.npz"
-    )
+    with pytest.raises(metrics.UserError, match="number of samples"):
+        metrics.FeatureStats(4).update(y).merge(theirs)
+    metrics.FeatureStats(4, MADE_BY).update(x).save(tmp_path / "ours.npz")
     with np.load(tmp_path / "ours.npz") as ours:  # allow_pickle=False, as pytorch-fid reads it
         assert np.abs(ours["mu"] - mu).max() < 1e-12 and np.abs(ours["sigma"] - sigma).max() < 1e-12
     ours = metrics.FeatureStats.load(tmp_path / "ours.npz")
-    assert ours.n == 30 and ours.made_by == {"network": "n", "weights": "w", "resize": "r", "precision": "p"}
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "no",
-        {},
-        {"mu": np.zeros(3)},
-        {"mu": np.zeros(3), "sigma": np.eye(2)},
-        {"mu": np.zeros(2), "sigma": -np.eye(2)},
-        {"mu": np.zeros(2), "sigma": np.eye(2) * np.nan},
-    ],
-)
-def test_stats_refuse_other_files(content, tmp_path):
-    file = tmp_path / "no.npz"
-    file.write_text(content) if isinstance(content, str) else np.savez(file, **content)
-    with pytest.raises(metrics.UserError):
-        metrics.FeatureStats.load(file)
+    assert ours.n == 30 and ours.made_by == MADE_BY
 
 
 # (kept by both, by the first alone, by the second alone) of 24 directions
@@ -1515,10 +1494,8 @@ def test_frechet_distance_of_commuting_covariances(ranks, n, far, tmp_path):
     # The order of samples, a rotation, parts and files change nothing.
     turn, order = orthonormal(24, 24, 4), torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     assert abs(metrics.frechet_distance(x[order] @ turn, y @ turn) - expected) < 1e-9
-    stats, rest = metrics.FeatureStats(24).update(x[:3]), metrics.FeatureStats(24)
-    for part in x[3:].split(7):
-        rest.update(part)
-    stats.merge(rest).save(tmp_path / "x.npz")
+    stats = metrics.FeatureStats(24).update(x[:3]).merge(metrics.FeatureStats(24).update(x[3:9]).update(x[9:]))
+    stats.save(tmp_path / "x.npz")
     assert abs(metrics.frechet_distance(stats, y) - expected) < 1e-9
     if not far:  # sigma alone has lost the digits that the mean's size takes
         assert abs(metrics.frechet_distance(metrics.FeatureStats.load(tmp_path / "x.npz"), y) - expected) < 1e-9
@@ -1558,6 +1535,8 @@ def test_frechet_distance_of_equal_and_nearly_equal_sets():
         for y in (x, x.flip(0), metrics.FeatureStats(d).update(x[:1]).update(x[1:])):
             assert 0 <= metrics.frechet_distance(x, y) < 1e-9
         assert abs(metrics.frechet_distance(x, x + 2) - 4 * d) < 1e-9
+    x, y = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [4.0], [8.0]])
+    assert abs(metrics.frechet_distance(x, y) - ((2 - 4) ** 2 + (2**0.5 - 4) ** 2)) < 1e-12
     x = normal(300, 40, 1)
     x -= x.mean(0)
     for power in (1, 3, 7, 11, 15, 19):  # y = (1 + e) x is e^2 tr A away; the traces would cancel
@@ -1566,267 +1545,205 @@ def test_frechet_distance_of_equal_and_nearly_equal_sets():
         assert abs(metrics.frechet_distance(x, scale * x) / expected - 1) < 1e-9
 
 
-def test_frechet_distance_in_one_dimension():
-    x, y = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [4.0], [8.0]])
-    assert abs(metrics.frechet_distance(x, y) - ((2 - 4) ** 2 + (2**0.5 - 4) ** 2)) < 1e-12
-
-
-def test_frechet_infinity_and_interval():
-    """Against what a normal generator's distances are, for infinitely many samples and over many samples."""
-    d, n = 8, 400
-    real = metrics.FeatureStats.from_moments(torch.zeros(d), torch.eye(d))
-    draw = lambda seed: 1.2 * normal(n, d, seed) + 0.05  # noqa: E731
-    true = 0.05**2 * d + 0.2**2 * d
-    many = [metrics.frechet_distance(real, draw(seed)) for seed in range(200)]
-    extrapolated = [metrics.frechet_infinity(real, draw(seed)) for seed in range(40)]
-    bias = np.mean(many) - true
-    assert bias > 0.03 and abs(np.mean(extrapolated) - true) < bias / 3
-    intervals = [metrics.frechet_interval(real, draw(seed), resamples=40) for seed in range(40)]
-    assert 36 <= sum(low <= np.mean(many) <= high for low, high in intervals) <= 40
-    width = np.mean([high - low for low, high in intervals]) / (np.quantile(many, 0.975) - np.quantile(many, 0.025))
-    assert 0.8 < width < 1.6
-    assert metrics.frechet_interval(real, draw(0)) == metrics.frechet_interval(real, draw(0))
-    assert metrics.frechet_interval(real, draw(0)) != metrics.frechet_interval(real, draw(0), seed=1)
-    assert metrics.frechet_infinity(real, draw(0)) != metrics.frechet_infinity(real, draw(0), seed=1)
-
-
-def test_frechet_by_class():
-    x, y, labels = normal(20, 3, 0), normal(12, 3, 1), [0, 1, 1, 1] * 3
-    result = metrics.frechet_by_class(x, [1] * 10 + [0] * 10, y, labels)
-    one = metrics.frechet_distance(x[:10], y[[i for i, c in enumerate(labels) if c == 1]])
-    assert list(result) == [0, 1] and result[1] == (one, 10, 9) and result[0][1:] == (10, 3)
-    with pytest.raises(metrics.UserError, match="class a has 0 real and 12"):
-        metrics.frechet_by_class(x, ["b"] * 20, y, ["a"] * 12)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # metrics: the other scores
 
 
 def test_inception_score_closed_forms():
-    one_hot = torch.eye(5).repeat(20, 1) * 1000
-    mean, std = metrics.inception_score(one_hot, splits=10)
-    assert abs(mean - 5) < 1e-9 and std < 1e-9
-    mean, std = metrics.inception_score(torch.zeros(30, 5))
-    assert abs(mean - 1) < 1e-9 and std < 1e-9
-    logits = normal(60, 4, 0)
-    p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
-    expected = [np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in np.split(p, 3)]
-    mean, std = metrics.inception_score(logits, splits=3)
+    logits = normal(64, 4, 0)
+    p = logits.exp().numpy() / logits.exp().numpy().sum(1, keepdims=True)
+    score = lambda q: np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean())
+    generator = torch.Generator().manual_seed(5)  # of three successive samples, each split gets one
+    split = np.concatenate([torch.randperm(3, generator=generator).numpy() for _ in range(22)])[:64]
+    expected = [score(p[split == i]) for i in range(3)]
+    mean, std = metrics.inception_score(logits, splits=3, seed=5)
     assert abs(mean - np.mean(expected)) < 1e-9 and abs(std - np.std(expected)) < 1e-9
-    odd = [np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in np.split(p, [8, 17, 25, 34, 42, 51])]
-    assert abs(metrics.inception_score(logits, splits=7)[0] - np.mean(odd)) < 1e-9
-    # Fewer samples than splits: one each, which tells nothing.
-    assert metrics.inception_score(logits[:4]) == (pytest.approx(1, abs=1e-12), pytest.approx(0, abs=1e-12))
-
-
-def test_inception_score_is_shuffled_by_its_seed_alone():
-    sorted_by_class = torch.eye(5).repeat_interleave(20, dim=0) * 1000
-    assert abs(metrics.inception_score(sorted_by_class, splits=5)[0] - 1) < 1e-9
-    assert metrics.inception_score(sorted_by_class, splits=5, seed=0)[0] > 4
-    logits = normal(50, 4, 0)
-    assert metrics.inception_score(logits, seed=0) == metrics.inception_score(logits, seed=0)
-    assert metrics.inception_score(logits, seed=0) != metrics.inception_score(logits, seed=1)
-    one, other = (metrics.inception_score(logits, splits=1, seed=seed) for seed in (0, None))
-    assert abs(one[0] - other[0]) < 1e-12 and one[1] == 0
+    stats = metrics.PredictionStats(4, 3, seed=5)
+    for part in logits.split([1, 30, 0, 33]):
+        stats.update(part)
+    assert np.abs(np.subtract(stats.score(), (mean, std))).max() < 1e-12
+    one_hot = torch.eye(5).repeat_interleave(40, dim=0) * 1000  # sorted by class
+    for x, splits, true in ((logits, 1, score(p)), (one_hot, 5, 5), (torch.zeros(30, 5), 10, 1), (logits[:4], 10, 1)):
+        mean, std = metrics.inception_score(x, splits)
+        assert abs(mean - true) < 1e-9 and std < 1e-9
+    in_turn = torch.eye(5).repeat(40, 1) * 1000  # five splits by place would hold one class each
+    assert 4 < metrics.inception_score(in_turn, splits=5)[0] < 5
 
 
 def test_kernel_distance_equals_the_double_sum():
     x, y = normal(7, 3, 0), normal(5, 3, 1) + 1
-    k = lambda a, b: (float(a @ b) / 3 + 1) ** 3  # noqa: E731
-
-    def double_sum(x, y):
-        n, m = len(x), len(y)
-        return (
-            sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
-            + sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
-            - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
-        )
-
-    for n, m in ((7, 5), (2, 2), (2, 5)):
-        assert abs(metrics.kernel_distance(x[:n], y[:m]) - double_sum(x[:n], y[:m])) < 1e-9
-        assert abs(metrics.kernel_distance(x[:n], y[:m], block=2) - double_sum(x[:n], y[:m])) < 1e-9
-    # Unbiased: over many pairs of samples of one distribution the mean is zero.
-    same = [metrics.kernel_distance(normal(20, 3, 2 * s), normal(20, 3, 2 * s + 1)) for s in range(500)]
-    assert abs(np.mean(same)) < 4 * np.std(same) / math.sqrt(500)
-
-
-def test_kernel_distance_of_subsets():
-    x, y = normal(200, 3, 0), normal(150, 3, 1) + 0.5
-    mean, std = metrics.kernel_distance_subsets(x, y)
-    assert std > 0 and abs(mean - metrics.kernel_distance(x, y)) < 4 * std / math.sqrt(100)
-    assert metrics.kernel_distance_subsets(x, y) == (mean, std) != metrics.kernel_distance_subsets(x, y, seed=1)
-    assert metrics.kernel_distance_subsets(x[:4], y[:4], subsets=3)[1] > 0
-    assert metrics.kernel_distance_subsets(x, y, subsets=50, size=20)[1] > std  # smaller subsets vary more
+    k = lambda a, b: (float(a @ b) / 3 + 1) ** 3
+    pairs = [[k(z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if i != j] for z in (x, y)]
+    expected = np.mean(pairs[0]) + np.mean(pairs[1]) - 2 * np.mean([k(a, b) for a in x for b in y])
+    for block in (512, 2):
+        assert abs(metrics.kernel_distance(x, y, block) - expected) < 1e-9
 
 
 def test_precision_recall_equal_their_definitions():
     real, fake, k = normal(40, 2, 0), normal(30, 2, 1) * 0.7 + 0.5, 3
-    distance = lambda a, b: math.dist(a.tolist(), b.tolist())  # noqa: E731
-    radius = lambda x, i: sorted(distance(x[i], other) for other in x)[k]  # noqa: E731
-    in_real = [[distance(f, r) <= radius(real, i) for i, r in enumerate(real)] for f in fake]
-    in_fake = [[distance(f, r) <= radius(fake, i) for i, f in enumerate(fake)] for r in real]
-    scores = metrics.precision_recall(real, fake, k)
-    assert abs(scores["precision"] - np.mean([any(row) for row in in_real])) < 1e-9
-    assert abs(scores["recall"] - np.mean([any(row) for row in in_fake])) < 1e-9
-    assert abs(scores["density"] - np.mean([sum(row) for row in in_real]) / k) < 1e-9
-    assert abs(scores["coverage"] - np.mean(np.array(in_real).any(0))) < 1e-9
-    assert metrics.precision_recall(real, fake, k, block=7) == scores
-    assert metrics.precision_recall(real + 1e3, fake + 1e3, k) == scores
-    apart = metrics.precision_recall(real, fake + 100, k)
-    assert apart == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
+    distance = lambda a, b: math.dist(a.tolist(), b.tolist())
+    radius = lambda x, i: sorted(distance(x[i], other) for other in x)[k]
+    in_real = np.array([[distance(f, r) < radius(real, i) for i, r in enumerate(real)] for f in fake])
+    in_fake = np.array([[distance(f, r) < radius(fake, i) for i, f in enumerate(fake)] for r in real])
+    expected = {"precision": in_real.any(1).mean(), "recall": in_fake.any(1).mean()}
+    expected |= {"density": in_real.sum(1).mean() / k, "coverage": in_real.any(0).mean()}
+    for shift, block in ((0, 512), (0, 7), (1e3, 512)):
+        scores = metrics.precision_recall(real + shift, fake + shift, k, block)
+        assert scores.keys() == expected.keys() and all(abs(scores[name] - expected[name]) < 1e-9 for name in scores)
+    assert set(metrics.precision_recall(real, fake + 100, k).values()) == {0}
 
 
-def test_precision_recall_of_points_on_a_line():
-    point = lambda *x: torch.tensor(x, dtype=torch.float64)[:, None] + 1000.1  # noqa: E731
+def test_precision_recall_of_ties():
+    point = lambda *x: torch.tensor(x, dtype=torch.float64)[:, None] + 1000.1
     # Balls of k = 1 around 0, 1, 3, 10: [-1,1], [0,2], [1,5], [3,17]; around 0.5, 4, 30: [-3,4], [0.5,7.5], [4,56].
     scores = metrics.precision_recall(point(0, 1, 3, 10), point(0.5, 4, 30), k=1)
     assert scores == {"precision": 2 / 3, "recall": 1, "density": 4 / 3, "coverage": 1}
-    # Copies of a neighbour lie on the ball, wherever they stand in the other set.
+    # 2 and 4 lie on the surfaces of [0,2] and [1,4]: precision and recall count them, density and coverage do not.
+    scores = metrics.precision_recall(point(0, 1, 2.5), point(2, 4), k=1)
+    assert scores == {"precision": 1, "recall": 1, "density": 0.5, "coverage": 1 / 3}
+    # Identical sets: each sample's k nearest, itself among them, lie within its ball, wherever they stand in the set.
     x = normal(300, 200, 0) + 3
-    scores = metrics.precision_recall(x, x.flip(0))
-    assert scores == {"precision": 1, "recall": 1, "density": 1.2, "coverage": 1}
-    # Copies of a point are at no distance at all.
-    twins = point(0.3, 0.3, 0.3, 5.7)
-    assert metrics.precision_recall(twins, point(0.3, 0.3, 90), k=1)["precision"] == 2 / 3
+    assert metrics.precision_recall(x, x.flip(0)) == {"precision": 1, "recall": 1, "density": 1, "coverage": 1}
+    twins = point(0.3, 0.3, 0.3, 5.7)  # the ball of a point with copies is that point alone
+    scores = metrics.precision_recall(twins, point(0.3, 0.3, 90), k=1)
+    assert scores == {"precision": 2 / 3, "recall": 1, "density": 0, "coverage": 0}
 
 
 def test_laplacian_pyramid():
-    x = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    x = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))
     fine, rest = metrics.laplacian_pyramid(x)
-    assert fine.shape == (2, 3, 64, 48) and rest.shape == (2, 3, 32, 24)
-    taps, weights = np.array([-2, -1, 0, 1, 2]), np.array([1, 4, 6, 4, 1]) / 16
-    mirror = lambda i, n: n - 1 - abs(n - 1 - abs(i))  # noqa: E731, the edge itself is not repeated
+    taps = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
 
-    def blurred(image, y, x):
-        height, width = image.shape
-        return sum(
-            weights[i] * weights[j] * image[mirror(y + taps[i], height), mirror(x + taps[j], width)]
-            for i in range(5)
-            for j in range(5)
-        )
+    def blurred(image):  # the edge itself is not repeated
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(image, 2, "reflect"), (5, 5))
+        return np.einsum("hwij,ij->hw", windows, taps)
 
-    image = x[1, 2].double().numpy()
-    for y, z in ((0, 0), (31, 23), (5, 0), (13, 7)):
-        assert abs(rest[1, 2, y, z] - blurred(image, 2 * y, 2 * z)) < 1e-5
-    spread = np.zeros((64, 48))
-    spread[::2, ::2] = 4 * rest[1, 2].numpy()
-    for y, z in ((0, 0), (63, 47), (10, 1), (33, 40)):
-        assert abs(fine[1, 2, y, z] - (image[y, z] - blurred(spread, y, z))) < 1e-5
-    flat = metrics.laplacian_pyramid(torch.full((1, 1, 64, 64), 7.0))
-    assert [tuple(band.shape[2:]) for band in flat] == [(64, 64), (32, 32), (16, 16)]
-    assert flat[0].abs().max() < 1e-5 and (flat[2] - 7).abs().max() < 1e-5
+    small, spread = blurred(x[1, 2].double().numpy())[::2, ::2], np.zeros((64, 48))
+    spread[::2, ::2] = 4 * small
+    assert fine.shape == (2, 3, 64, 48) and np.abs(rest[1, 2].numpy() - small).max() < 1e-5
+    assert np.abs(fine[1, 2].numpy() - (x[1, 2].double().numpy() - blurred(spread))).max() < 1e-5
 
 
 def test_slice_distance_in_one_dimension():
     """Patches of one value: all directions are that value's, up to its sign, and sorting matches the samples."""
-    a, b = normal(50, 1, 0).float()[..., None, None], normal(40, 1, 1).float()[..., None, None].exp()
-    b = torch.cat([b, b[:10]])
+    a, b = normal(50, 1, 0).float()[..., None, None], normal(50, 1, 1).float()[..., None, None].exp()
     line = [np.sort(((x - x.mean()) / x.std()).flatten().numpy()) for x in (a, b)]
     distance = metrics.slice_distance(a, b, torch.Generator().manual_seed(0))
     assert abs(distance - 1000 * np.abs(line[0] - line[1]).mean()) < 1e-2
 
 
 def test_sliced_wasserstein():
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(256, (40, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    more = torch.randint(256, (30, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    noise, more = pixels(40, 3, 32, 32), pixels(30, 3, 32, 32, seed=1)
     smooth = F.avg_pool2d(more.float(), 3, 1, 1).round().to(torch.uint8)
-    near, far = metrics.sliced_wasserstein(noise, more), metrics.sliced_wasserstein(noise, smooth)
-    assert list(near) == ["SWD", "SWD 32", "SWD 16"] and abs(near["SWD"] - (near["SWD 32"] + near["SWD 16"]) / 2) < 1e-9
-    assert near["SWD 32"] * 2 < far["SWD 32"]
-    assert metrics.sliced_wasserstein(noise, noise)["SWD"] < 1e-3
-    assert metrics.sliced_wasserstein(noise, more) == near != metrics.sliced_wasserstein(noise, more, seed=1)
-    for other in (more[:, :, :16, :16], more[:, :1], more[:, :, :, :16]):
-        with pytest.raises(metrics.UserError, match="one size"):
-            metrics.sliced_wasserstein(noise, other)
-    with pytest.raises(metrics.UserError, match="16 x 16"):
-        metrics.sliced_wasserstein(noise[:, :, :8], more[:, :, :8])
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: metrics.frechet_distance(normal(5, 3, 0), normal(5, 4, 0)),
-        lambda: metrics.frechet_distance(normal(1, 3, 0), normal(5, 3, 0)),
-        lambda: metrics.frechet_distance(normal(5, 3, 0) * math.nan, normal(5, 3, 0)),
-        lambda: metrics.frechet_distance(normal(5, 3, 0).abs() / 0, normal(5, 3, 0)),
-        lambda: metrics.frechet_distance(metrics.FeatureStats(3), normal(5, 3, 0)),
-        lambda: metrics.FeatureStats(3).update(normal(5, 4, 0)),
-        lambda: metrics.FeatureStats(3, {**MADE_BY, "resize": "clean"}).merge(metrics.FeatureStats(3, MADE_BY)),
-        lambda: metrics.frechet_infinity(normal(50, 3, 0), normal(19, 3, 0)),
-        lambda: metrics.frechet_interval(normal(50, 3, 0), normal(3, 3, 0)),
-        lambda: metrics.inception_score(normal(5, 3, 0), splits=0),
-        lambda: metrics.inception_score(normal(0, 3, 0)),
-        lambda: metrics.inception_score(normal(5, 3, 0) / 0),
-        lambda: metrics.kernel_distance(normal(1, 3, 0), normal(5, 3, 0)),
-        lambda: metrics.kernel_distance_subsets(normal(3, 3, 0), normal(5, 3, 0)),
-        lambda: metrics.precision_recall(normal(5, 3, 0), normal(5, 3, 0), k=5),
-        lambda: metrics.precision_recall(normal(5, 3, 0), normal(9, 3, 0), k=0),
-        lambda: metrics.frechet_interval(normal(50, 3, 0), normal(9, 3, 0), level=2),
-        lambda: metrics.frechet_by_class(normal(5, 3, 0), [0] * 4, normal(5, 3, 0), [0] * 5),
-        lambda: metrics.kernel_distance_subsets(normal(9, 3, 0), normal(9, 3, 0), subsets=0),
-        lambda: metrics.sliced_wasserstein(torch.zeros(0, 3, 16, 16), torch.zeros(4, 3, 16, 16)),
-    ],
-)
-def test_scores_refuse_what_they_cannot_do(call):
-    with pytest.raises(metrics.UserError):
-        call()
+    near = metrics.sliced_wasserstein(noise, more)
+    assert (
+        0 < near * 1.3 < metrics.sliced_wasserstein(noise, smooth) and metrics.sliced_wasserstein(noise, noise) < 1e-2
+    )
+    assert metrics.sliced_wasserstein(noise.numpy(), more) == near != metrics.sliced_wasserstein(noise, more, seed=1)
+    flat = torch.zeros(8, 1, 16, 16, dtype=torch.uint8)
+    flat[:, :, -1, -1] = 200  # one of the 100 places of a patch reaches this corner
+    patches = metrics.laplacian_patches(flat, torch.Generator().manual_seed(0))[(1, 16, 16)]
+    assert patches.shape == (8 * 128, 1, 7, 7) and patches[:, :, :-1].max() == 0
+    assert 0 < (patches.amax(dim=(1, 2, 3)) == 200).double().mean() < 0.02
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# metrics: extractors
+# metrics: measuring and extractors
 
 
-MADE_BY = {"network": "n", "weights": "w", "resize": "tf1", "precision": "float32"}
+def pixels(*shape, seed=0):
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def test_program_takes_gray_uint8_and_any_batch(extractor_file):
-    network = metrics.load_extractor(extractor_file)
-    images = torch.randint(256, (19, 1, 8, 12), dtype=torch.uint8)
-    features, logits = metrics.extract(network, images)
-    assert features.shape == (19, 48) and logits.shape == (19, 5)
-    assert torch.allclose(features, metrics.extract(network, images.expand(-1, 3, -1, -1).float() / 255)[0], atol=1e-6)
-    # Floats are rounded, not cut off, to the levels of a file: 0.999 is 255, as in a picture.
-    for value, level in ((0.999, 255), (0.4 / 255, 0), (0.6 / 255, 1), (99.5001 / 255, 100)):
-        assert torch.allclose(network(torch.full((1, 3, 8, 8), value))[0], torch.tensor(level / 255), atol=1e-6)
-    for wrong in (images.float(), images.float() / 127.5 - 1, images.int(), images.float() * math.nan):
-        with pytest.raises(metrics.UserError, match="0,1"):
-            network(wrong)
+def test_measure_takes_tensors_arrays_and_batches(extractor_file):
+    network, images = metrics.load_extractor(extractor_file), pixels(50, 3, 8, 12)
+    features, logits = network(images)
+    plain = F.interpolate(images.float() / 255, size=(4, 4), mode="bilinear").flatten(1)
+    assert (features - plain).abs().max() < 1e-6
+    array = images.numpy()
+    frozen = array.copy()
+    frozen.flags.writeable = False
+    batches = [array[:1], array[1:1], images[1:20], array[20:].transpose(0, 2, 3, 1)]
+    for given in (images, array, frozen, array[::-1][::-1], array.transpose(0, 2, 3, 1), batches, iter(batches)):
+        summary = metrics.measure(network, given)
+        assert summary.n == 50 and (summary.features - features).abs().max() < 1e-6
+        assert np.abs(np.subtract(summary.predictions.score(), metrics.inception_score(logits))).max() < 1e-6
+    gray = metrics.measure(network, images[:, :1]).features
+    assert torch.equal(gray, metrics.measure(network, images[:, :1].expand(-1, 3, -1, -1)).features)
+    for wrong in (images / 255, images.int(), array / 255, images[0], images[:, :2], ["no"], [images[0]], []):
+        with pytest.raises(metrics.UserError, match="uint8|no image"):
+            metrics.measure(network, wrong)
 
 
-def test_program_with_features_alone(tmp_path, folder, capsys):
-    class Mean(torch.nn.Module):
-        def forward(self, x):
-            return x.mean(dim=(2, 3))
+def test_measure_streams_in_constant_memory(extractor_file):
+    network, whole, before, done = metrics.load_extractor(extractor_file), pixels(80, 3, 8, 8), [], []
+    program = network.network
 
-    dims = {0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")}
-    program = torch.export.export(Mean(), (torch.rand(3, 3, 16, 24),), dynamic_shapes=(dims,))
-    torch.export.save(program, tmp_path / "mean.pt2")
-    argv = [str(folder), str(folder), "--extractor", str(tmp_path / "mean.pt2")]
-    assert metrics.main(argv) == 0
-    out = capsys.readouterr().out
-    assert "FD(mean)" in out and "KID(mean)" in out and "IS" not in out
-    assert "logits" in metrics_fail(capsys, *argv, "--metrics", "fid,is")
+    def watched(x):
+        features, logits = program(x)
+        before.append(weakref.ref(features))
+        return features, logits
+
+    def samples():
+        for i in range(10):
+            assert all(tensor() is None for tensor in before[:-2])  # only the last batch and its features live
+            batch = whole[8 * i : 8 * i + 8].clone()
+            before.append(weakref.ref(batch))
+            yield batch
+
+    network.network = watched
+
+    streamed = metrics.measure(network, samples(), keep=False, progress=lambda *x: done.append(x))
+    assert len(before) == 20 and streamed.n == 80 and streamed.features is None
+    assert (16, None) in done and done[-1] == (80, 80)
+    kept = metrics.measure(network, whole, progress=lambda *x: done.append(x))
+    assert done[-1] == (80, 80) and metrics.frechet_distance(streamed.stats, kept.features) < 1e-12
+    assert np.abs(np.subtract(streamed.predictions.score(), kept.predictions.score())).max() < 1e-12
+    names = ["FD(tiny)", "IS(tiny)", "IS std", "KID(tiny)", "precision", "recall", "density", "coverage"]
+    assert list(metrics.compare(kept, streamed)) == names[:3] and list(metrics.compare(kept, kept)) == names
+    alone = metrics.measure(metrics.Extractor(lambda x: x.mean(dim=(2, 3)), "net", "0" * 16), whole)
+    assert list(metrics.compare(alone, alone)) == ["FD(net)", "KID(net)", *names[4:]]
+    for fake, name in ((streamed, "kid"), (streamed, "prdc"), (kept, "swd"), (alone, "is")):
+        with pytest.raises(metrics.UserError, match=f"{name} is not"):
+            metrics.compare(alone if fake is alone else kept, fake, [name])
+    with pytest.raises(metrics.UserError, match="finite"):
+        metrics.measure(metrics.Extractor(lambda x: x.mean(dim=(2, 3)) / 0, "net", "0" * 16), whole)
+    assert "neighbour 3, not 5" in str(metrics.notes(kept, metrics.measure(network, whole[:4])))
+
+
+def test_features_are_cached(tmp_path, extractor_file, monkeypatch):
+    network, images, looks, measure = metrics.load_extractor(extractor_file), pixels(20, 3, 8, 8), [], metrics.measure
+    monkeypatch.setattr(metrics, "measure", lambda *x, **options: looks.append(1) or measure(*x, **options))
+    cached = lambda: metrics.measure_cached(network, images, tmp_path / "cache")
+    features = cached().features
+    assert torch.equal(cached().features, features) and len(looks) == 1 and cached().predictions is None
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    for content in (b"", whole[:200], b"PK" + whole[2:900], npz(features=features[:7]), pickle.dumps([1])):
+        file.write_bytes(content)
+        looks.clear()
+        assert torch.equal(cached().features, features) and torch.equal(cached().features, features)
+        assert len(looks) == 1 and file.read_bytes() == whole
+    images[3, 0, 0, 0] += 1
+    cached()
+    network.made_by["weights"] = "other"
+    cached()
+    assert len(looks) == 3 and len(list((tmp_path / "cache").iterdir())) == 3
+    assert metrics.measure_cached(network, images, file / "no folder").n == 20
 
 
 def test_extractor_takes_no_autocast_and_leaves_settings_alone(extractor_file):
-    network = metrics.load_extractor(extractor_file)
-    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    network, images, during = metrics.load_extractor(extractor_file), pixels(4, 3, 8, 8), []
     plain = network(images)[1]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(network(images)[1], plain)
-    settings, during = torch.backends.cudnn, []
-    network.network = lambda x: during.append(tf32()) or x.flatten(1)
-
-    def tf32():
-        if hasattr(settings, "conv"):
-            return settings.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-        return settings.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-
-    before = tf32()
+    new, cudnn = hasattr(torch.backends.cudnn, "conv"), torch.backends.cudnn
+    backends = cudnn.conv if new else cudnn, torch.backends.cuda.matmul
+    name = "fp32_precision" if new else "allow_tf32"
+    network.network = lambda x: during.extend(getattr(y, name) for y in backends) or x.flatten(1)
+    before = [getattr(y, name) for y in backends]
     network(images)
-    assert tf32() == before and during in ([("ieee", "ieee")], [(False, False)]) and during != [before]
+    assert during == ["ieee" if new else False] * 2 and before == [getattr(y, name) for y in backends] != during
 
 
 @pytest.fixture(scope="session")
@@ -1872,29 +1789,21 @@ def reference_inception(file, classes, x, monkeypatch):
 
 @pytest.mark.parametrize("classes", [1000, 1008])
 def test_inception_is_torchvisions_and_tensorflows(classes, inception_weights, monkeypatch):
-    file = inception_weights[classes]
-    network = metrics.load_extractor(file)
-    images = torch.randint(256, (2, 3, 40, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    x = metrics.for_inception(images.float(), "tf1" if classes == 1008 else "bilinear")
+    file, resize = inception_weights[classes], "tf1" if classes == 1008 else "bilinear"
+    network, images = metrics.load_extractor(file), pixels(2, 3, 40, 32)
+    x = metrics.for_inception(images.float(), resize)
     features, logits = reference_inception(file, classes, x, monkeypatch)
     seen, said = network(images)
     assert seen.shape == (2, 2048) and said.shape == (2, classes) and features.abs().mean() > 0.1
     assert (seen - features).norm() < 1e-5 * features.norm() and (said - logits).norm() < 1e-5 * logits.norm()
-    assert not network.network.training and all(not m.training for m in network.network.modules())
-    resize = "tf1" if classes == 1008 else "bilinear"
-    assert {k: network.made_by[k] for k in ("resize", "precision")} == {"resize": resize, "precision": "float32"}
-    assert network.made_by["weights"] == hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    assert metrics.label("FID", network.made_by) == f"FD(random-{classes})"  # only published weights make FID
-    for weights in ("0cc3c7bd00000000", "6726825d00000000"):
-        assert metrics.label("FID", {**MADE_BY, "weights": weights}) == "FID"
-
-
-def test_inception_in_bfloat16(inception_weights):
-    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    full = metrics.load_extractor(inception_weights[1000], resize="clean")
-    half = metrics.load_extractor(inception_weights[1000], resize="clean", precision="bfloat16")
-    features, short = full(images)[0], half(images)[0]
-    assert short.dtype == torch.float32 and half.made_by == {**full.made_by, "precision": "bfloat16"}
+    weights = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    expected = {"network": f"random-{classes}", "weights": weights, "resize": resize, "dtype": "float32"}
+    assert network.made_by == expected and metrics.label("FID", expected) == f"FD(random-{classes})"
+    for published in ("0cc3c7bd00000000", "6726825d00000000"):  # only published weights make FID
+        assert metrics.label("FID", {**MADE_BY, "weights": published}) == "FID"
+    half = metrics.load_extractor(file, dtype="bfloat16")
+    short = half(images)[0]
+    assert short.dtype == torch.float32 and half.made_by == {**expected, "dtype": "bfloat16"}
     assert 1e-4 < (short - features).norm() / features.norm() < 0.02
 
 
@@ -1905,59 +1814,189 @@ def test_resize_modes(height, width):
     # clean-fid: Pillow's bicubic on floats, not rounded.
     clean = [np.asarray(Image.fromarray(c.numpy()).resize((299, 299), Image.BICUBIC)).clip(0, 255) for c in image]
     assert np.abs(resized["clean"].numpy() * 128 + 128 - np.stack(clean)).max() < 0.02
-    for mode in ("bilinear", "tf1"):  # pixel by pixel, from their definitions
 
-        def pixel(c, y, x):
-            places = []
-            for i, n in ((y, height), (x, width)):
-                at = (i + 0.5) * n / 299 - 0.5 if mode == "bilinear" else i * n / 299
-                at = min(max(at, 0), n - 1)
-                places.append((int(at), min(int(at) + 1, n - 1), at - int(at)))
-            (top, bottom, v), (left, right, u) = places
-            rows = [image[c, i, left] * (1 - u) + image[c, i, right] * u for i in (top, bottom)]
-            return rows[0] * (1 - v) + rows[1] * v
+    def matrix(n, mode):  # [299,n], from the definitions: the weights of a row's two neighbours
+        at = (np.arange(299) + 0.5) * n / 299 - 0.5 if mode == "bilinear" else np.arange(299) * n / 299
+        return np.maximum(0, 1 - np.abs(at.clip(0, n - 1)[:, None] - np.arange(n)))
 
-        for c, y, x in ((0, 0, 0), (1, 298, 298), (2, 150, 7), (0, 77, 280)):
-            value = resized[mode][c, y, x]
-            value = value * 127.5 + 127.5 if mode == "bilinear" else value * 128 + 128
-            assert abs(value - pixel(c, y, x)) < 0.01
+    for mode, scale, shift in (("bilinear", 127.5, 127.5), ("tf1", 128, 128)):
+        expected = matrix(height, mode) @ image.double().numpy() @ matrix(width, mode).T
+        assert np.abs(resized[mode].numpy() * scale + shift - expected).max() < 0.01
 
 
-@pytest.mark.parametrize(
-    "spec,options,hint",
-    [
-        ("tiny", {"resize": "clean"}, "fixes its own"),
-        ("tiny", {"precision": "bfloat16"}, "fixes its own"),
-        ("tiny", {"resize": "nearest"}, "one of bilinear"),
-        ("nowhere.pth", {}, "no extractor"),
-        ("cut.pt2", {}, "not whole"),
-        ("cut.pth", {}, "neither a .pt2"),
-        ("other.pth", {}, "neither a .pt2"),
-    ],
-)
-def test_extractors_refuse_what_they_are_not(spec, options, hint, tmp_path, extractor_file):
-    (tmp_path / "cut.pt2").write_bytes(extractor_file.read_bytes()[:1000])
-    (tmp_path / "cut.pth").write_bytes(b"no")
+class Payload(str):
+    """A path where a file is created when this is unpickled."""
+
+    def __reduce__(self):
+        return open, (str(self), "w")
+
+
+def test_weights_files_are_checked_and_never_unpickled(tmp_path, inception_weights, monkeypatch):
+    torch.save({"fc.weight": torch.zeros(1000, 3), "x": Payload(tmp_path / "ran")}, tmp_path / "bad.pth")
+    (tmp_path / "cut.pth").write_bytes(inception_weights[1000].read_bytes()[:1000])
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(metrics.UserError, match=hint):
-        metrics.load_extractor(extractor_file if spec == "tiny" else tmp_path / spec, **options)
-
-
-def test_measure_streams(extractor_file):
-    network = metrics.load_extractor(extractor_file)
-    images = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    features, logits = metrics.extract(network, images)
-    done = []
-    summary = metrics.measure(network, images, keep=False, splits=3, seed=5, progress=lambda *x: done.append(x))
-    assert done[-1] == (50, 50) and [n for n, _ in done] == sorted(n for n, _ in done)
-    assert summary.n == 50 and summary.parts == []
-    assert metrics.frechet_distance(summary.stats, features) < 1e-12
-    assert np.allclose(summary.predictions.score(), metrics.inception_score(logits, 3, seed=5), atol=1e-12, rtol=0)
-    for name, hint in (("kid", "keep"), ("fid-classes", "labels"), ("foo", "no score"), ("swd", "no score")):
+    digits = hashlib.sha256(inception_weights[1000].read_bytes()).hexdigest()[:8]
+    for name in (f"net-{digits}.pth", "net-0cc3c7bd.pth", "net-12.pth"):
+        (tmp_path / name).symlink_to(inception_weights[1000])
+    refused = "bad.pth", "cut.pth", "other.pth", "net-0cc3c7bd.pth"
+    for name, hint in zip(refused, ["no weights of Inception"] * 3 + [f"SHA-256 begins with {digits}"]):
         with pytest.raises(metrics.UserError, match=hint):
-            metrics.compare(summary, summary, [name])
-    kept = metrics.measure(network, images)
-    assert torch.equal(kept.features, features) and kept.index.tolist() == list(range(50))
+            metrics.load_extractor(tmp_path / name)
+    for name in (f"net-{digits}.pth", "net-12.pth"):
+        assert metrics.load_extractor(tmp_path / name).made_by["weights"].startswith(digits)
+
+    # "inception" is checked too; whatever keeps it from being had is one kind of error.
+    def offline(url, path, hash_prefix, progress):
+        assert path.endswith("hub/checkpoints/inception_v3_google-0cc3c7bd.pth") and hash_prefix == "0cc3c7bd"
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    for home, hint in ((tmp_path / "hub", "no network$"), (tmp_path / "hub", "SHA-256"), ("~/hub", "TORCH_HOME")):
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(home))  # "~" where there is no home
+        with pytest.raises(metrics.WeightsMissing, match=hint):
+            metrics.load_extractor("inception")
+        torch.save({"x": Payload(tmp_path / "ran")}, tmp_path / "hub/checkpoints/inception_v3_google-0cc3c7bd.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def archive_with(extractor_file, path, end, content, beside=None):
+    """The program with the parts whose paths have this end replaced, or with another part beside them."""
+    with zipfile.ZipFile(extractor_file) as source, zipfile.ZipFile(path, "w") as target:
+        for part in source.namelist():
+            target.writestr(part, content if part.endswith(end) else source.read(part))
+            if beside and part.endswith(end):
+                target.writestr(part.rsplit("/", 1)[0] + "/" + beside[0], beside[1])
+
+
+def test_programs_never_unpickle(tmp_path, extractor_file, caplog, capfd):
+    payload, pickled = Payload(tmp_path / "ran"), io.BytesIO()
+    torch.save(((payload,), {}), pickled)
+    entry = {"is_param": False, "use_pickle": True, "tensor_meta": None}
+    config = lambda name: json.dumps({"config": {"weight": {"path_name": name, **entry}}})
+    torn = bytearray(extractor_file.read_bytes())
+    torn[torn.index(b"models/model.json") + 200] ^= 1
+    changes = [
+        (".pt", pickled.getvalue()),  # sample inputs
+        ("weights_config.json", config("weight_9"), ("weight_9", pickled.getvalue())),
+        ("constants_config.json", config("opaque_obj_0"), ("opaque_obj_0", pickle.dumps(payload))),
+        ("archive_version", b"0", ("data/aotinductor/model/m.so", b"a library")),
+        ("weights_config.json", config("weight_8")),  # a part that is missing
+    ]
+    for i, change in enumerate([*changes, extractor_file.read_bytes()[:1000], torn]):
+        file = tmp_path / f"{i}.pt2"
+        archive_with(extractor_file, file, *change) if isinstance(change, tuple) else file.write_bytes(change)
+        with pytest.raises(metrics.UserError, match=f"{i}.pt2 is no .pt2 program.*safely: [^\n]*$"):
+            metrics.load_extractor(file)
+    assert not (tmp_path / "ran").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    assert not caplog.records and capfd.readouterr().err == ""  # torch.export would log tracebacks
+    archive_with(extractor_file, tmp_path / "same.pt2", "nothing", b"")
+    assert metrics.load_extractor(tmp_path / "same.pt2")(pixels(2, 3, 8, 8))[0].shape == (2, 48)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics: files
+
+
+def npz(place=None, change=b"", **arrays):
+    """The bytes of an .npz with a change at a place, counted from the first entry of its directory if negative."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    data = bytearray(file.getvalue())
+    if place is not None:
+        place = place if place > 0 else data.index(b"PK\x01\x02") - place
+        data[place : place + len(change)] = change
+    return bytes(data)
+
+
+def npy(header):
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+ZEROS = {"mu": np.zeros(2), "sigma": np.eye(2)}
+DAMAGED = {  # name: (the error that NumPy raises, the file)
+    "empty": (EOFError, b""),
+    "pickle": (ValueError, pickle.dumps({"mu": 0})),
+    "cut": (zipfile.BadZipFile, npz(**ZEROS)[:-30]),
+    "deflate": (zlib.error, npz(56, b"\xff" * 9, mu=np.arange(999.0))),
+    "method": (NotImplementedError, npz(-10, b"\x63", **ZEROS)),
+    "encrypted": (RuntimeError, npz(-8, b"\x01", **ZEROS)),
+    "header": (tokenize.TokenError, npy(b"{'descr': (\n")),
+    "giant": (MemoryError, npy(b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,)}\n")),
+    "infinite n": (OverflowError, npz(**ZEROS, n=np.inf)),
+    "no sigma": (KeyError, npz(mu=np.zeros(3))),
+    "objects": (ValueError, npz(mu=np.array([{}]), sigma=np.eye(1))),
+    "negative": (None, npz(mu=np.zeros(2), sigma=-np.eye(2))),
+    "nan": (None, npz(mu=np.zeros(2), sigma=np.eye(2) * np.nan)),
+    "an .npy": (None, npy(b"{'descr': '|u1', 'fortran_order': False, 'shape': (1,)}\n") + b"1"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_arrays_are_one_sentence(name, tmp_path, folder, capsys):
+    (kind, data), file = DAMAGED[name], tmp_path / "file.npz"
+    file.write_bytes(data)
+    if kind:
+        with pytest.raises(kind), np.load(file) as content:
+            int(content["n"]) if "n" in content else [content[key] for key in ("mu", "sigma")]
+    with pytest.raises(metrics.UserError, match="file.npz [^\n]*$"):
+        metrics.FeatureStats.load(file)
+    assert "file.npz" in metrics_fail(capsys, folder, file, "--extractor", "nowhere")
+
+
+@pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])
+def test_files_are_written_atomically(failure, tmp_path, monkeypatch):
+    stats, file, names = metrics.FeatureStats(3, MADE_BY).update(normal(9, 3, 0)), tmp_path / "stats.npz", set()
+    stats.save(file)
+    before = file.read_bytes()
+
+    def fail(target, **arrays):
+        names.add(Path(target.name).parent)
+        target.write(b"half")
+        raise failure
+
+    with monkeypatch.context() as patch, pytest.raises(failure):
+        patch.setattr(np, "savez", fail)
+        stats.save(file)
+    assert names == {tmp_path} and list(tmp_path.iterdir()) == [file]
+    (tmp_path / ".00.tmp").symlink_to(file)
+    monkeypatch.setattr(metrics.secrets, "token_hex", lambda n: "00")
+    with pytest.raises(FileExistsError):  # a link that lies there already is not written through
+        stats.save(tmp_path / "other.npz")
+    assert file.read_bytes() == before
+
+
+def test_folder_reads_every_image_and_names_the_rest(tmp_path, extractor_file, capsys):
+    root, elsewhere, image = tmp_path / "root", tmp_path / "elsewhere", to_pil_image(pixels(3, 9, 8))
+    for place in (root / "a", elsewhere):
+        place.mkdir(parents=True)
+    for name, kind in (("1.png", "PNG"), ("2.gif", "GIF"), ("3.jfif", "JPEG"), ("4", "WEBP")):
+        image.save(root / "a" / name, kind)
+    write_picture(pixels(3, 30, 9), elsewhere / "6.png")
+    (root / "b").symlink_to(elsewhere)  # a class that is a link
+    (root / "b/loop").symlink_to(root)
+    Image.fromarray(np.full((9, 9), 40000, np.uint16)).save(root / "a/deep.png")
+    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(root / "a/float.tiff")
+    (root / "a/notes.txt").write_text("no picture")
+    images, network = metrics.Folder(root), metrics.load_extractor(extractor_file)
+    read = list(metrics.batches(images, 4))
+    assert sum(map(len, read)) == len(images) == 6 and max(map(len, read)) <= 4
+    assert (next(batch for batch in read if batch.shape[1:] == (3, 9, 9)) == round(40000 / 257)).all()
+    files = [file for file in images.files if file not in images.skipped]  # features come in their order
+    singles = torch.cat([network(metrics.read_image(root / file)[None])[0] for file in files])
+    assert (metrics.measure(network, images).features - singles).abs().max() < 1e-6
+    note = scores_of(capsys, root, root, "--extractor", extractor_file)["notes"][-1]
+    assert f"{root}: skipped 2 files" in note and "a/float.tiff (floating-point" in note and "a/notes.txt (" in note
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "disk"), PermissionError(errno.EACCES, "no"), MemoryError()])
+def test_other_errors_end_the_call(error, folder, monkeypatch, capsys):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(metrics.Path, "read_bytes", fail)
+    with pytest.raises(type(error)):
+        list(metrics.batches(metrics.Folder(folder), 8))
+    assert (str(error) or "out of memory") in metrics_fail(capsys, folder, folder, "--metrics", "swd")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1965,11 +2004,12 @@ def test_measure_streams(extractor_file):
 
 
 def metrics_fail(capsys, *argv):
+    """The one line that a command ends with; asserts exit status 2."""
     capsys.readouterr()
     assert metrics.main([str(word) for word in argv]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.err.startswith("metrics.py: error: "), captured.err
-    assert captured.out == ""
+    assert captured.out == "" and len(captured.err) <= 201
     return captured.err
 
 
@@ -1979,105 +2019,45 @@ def scores_of(capsys, *argv):
     return json.loads(capsys.readouterr().out)
 
 
-def test_command_scores_folders_sorted_by_class(tmp_path, extractor_file, capsys):
-    for i in range(20):  # in the order of their names, each split of the Inception Score would hold one kind
-        write_picture(torch.full((3, 8, 8), 255 * (i // 10), dtype=torch.uint8), tmp_path / f"{i:02d}.png")
-    argv = [str(tmp_path), str(tmp_path), "--extractor", str(extractor_file)]
-    assert metrics.main(argv) == 0
-    out = capsys.readouterr().out
-    assert f"fake: {tmp_path}, 20 images" in out and "resize native, float32" in out and "20 images bias" in out
-    scores = dict(line.rsplit(maxsplit=1) for line in out.splitlines())
-    assert float(scores["FD(tiny)"]) < 1e-9 and float(scores["IS(tiny)"]) > 1.2 and scores["recall"] == "1"
-    result = scores_of(capsys, *argv)
-    checksum = hashlib.sha256(extractor_file.read_bytes()).hexdigest()[:16]
-    assert {k: v for k, v in result.items() if k not in ("notes", "scores")} == {
-        "real": str(tmp_path), "n_real": 20, "fake": str(tmp_path), "n_fake": 20, "saved": None,
-        "network": "tiny", "weights": checksum, "resize": "native", "precision": "float32",
-    }  # fmt: skip
-    assert abs(result["scores"]["IS(tiny)"] - float(scores["IS(tiny)"])) < 1e-5
-    one = scores_of(capsys, *argv, "--metrics", "is", "--splits", 1)["scores"]
-    assert one["IS std"] == 0 and one["IS(tiny)"] > result["scores"]["IS(tiny)"]
-
-
-def test_command_reads_arrays_and_saved_statistics(tmp_path, folder, extractor_file, capsys):
-    pictures = [pil_to_tensor(Image.open(file)) for file in sorted(folder.rglob("*.png"))]
-    images = torch.stack(pictures)
-    hwc = images.permute(0, 2, 3, 1).numpy()
-    np.save(tmp_path / "hwc.npy", hwc)
+def test_command_reads_folders_arrays_and_statistics(tmp_path, folder, extractor_file, capsys):
+    images = torch.stack([pil_to_tensor(Image.open(file)) for file in sorted(folder.rglob("*.png"))])
+    hwc, use = images.permute(0, 2, 3, 1).numpy(), ["--extractor", extractor_file]
     np.savez(tmp_path / "chw.npz", images=images.numpy())
-    np.savez(tmp_path / "first.npz", hwc)
-    np.save(tmp_path / "gray.npy", hwc[..., 0])
     np.savez(tmp_path / "other.npz", images=hwc // 2)
-    use = ["--extractor", extractor_file]
-    real = scores_of(capsys, folder, "--out", tmp_path / "real.npz", *use)
-    assert real["scores"] == {} and real["n_real"] == 24 and "fake" not in real
-    expected = scores_of(capsys, folder, tmp_path / "other.npz", *use)["scores"]
-    assert expected["FD(tiny)"] > 0.1
-    for side in ("hwc.npy", "chw.npz", "first.npz"):
-        assert scores_of(capsys, tmp_path / side, tmp_path / "other.npz", *use)["scores"] == expected
-    saved = scores_of(capsys, tmp_path / "real.npz", tmp_path / "other.npz", *use)["scores"]
-    assert list(saved) == ["FD(tiny)", "IS(tiny)", "IS std"]
-    notes = scores_of(capsys, tmp_path / "real.npz", tmp_path / "other.npz", *use)["notes"]
-    assert any("left out: kid, prdc" in line for line in notes)
-    np.save(tmp_path / "small.npy", hwc[:, ::2, ::2])
-    notes = scores_of(capsys, folder, tmp_path / "small.npy", *use)["notes"]
-    assert any("18 x 20 and 9 x 10" in line for line in notes)
-    assert abs(saved["FD(tiny)"] - expected["FD(tiny)"]) < 1e-9
-    np.save(tmp_path / "spread.npy", np.repeat(hwc[..., :1], 3, axis=3))
-    gray = scores_of(capsys, tmp_path / "gray.npy", tmp_path / "spread.npy", *use)["scores"]
-    assert gray["FD(tiny)"] < 1e-9
-    # The weights count, not the file's name.
-    shutil.copy(extractor_file, tmp_path / "renamed.pt2")
-    renamed = scores_of(capsys, tmp_path / "real.npz", tmp_path / "other.npz", "--extractor", tmp_path / "renamed.pt2")
-    assert renamed["scores"].keys() == saved.keys()
-    # Statistics alone need no network.
-    assert metrics.main([str(tmp_path / "real.npz"), str(tmp_path / "real.npz")]) == 0
+    for name, array in (
+        ("hwc", hwc),
+        ("gray", hwc[..., 0]),
+        ("spread", hwc[..., [0] * 3]),
+        ("small", hwc[:, ::2, ::2]),
+    ):
+        np.save(tmp_path / f"{name}.npy", array)
+    score = lambda real, fake, *more: scores_of(capsys, tmp_path / real, tmp_path / fake, *use, *more)
+    whole = score(folder, "other.npz")
+    expected, checksum = whole.pop("scores"), hashlib.sha256(extractor_file.read_bytes()).hexdigest()[:16]
+    assert "24 images bias" in whole.pop("notes")[0] and whole == {
+        "real": str(folder), "n_real": 24, "fake": str(tmp_path / "other.npz"), "n_fake": 24, "saved": None,
+        "network": "tiny", "weights": checksum, "resize": "native", "dtype": "float32",
+    }  # fmt: skip
+    for side in ("hwc.npy", "chw.npz"):
+        assert score(side, "other.npz")["scores"] == pytest.approx(expected, abs=1e-9)
+    assert "18 x 20 and 9 x 10" in str(score(folder, "small.npy")["notes"])
+    assert score("gray.npy", "spread.npy")["scores"]["FD(tiny)"] < 1e-9
+    assert scores_of(capsys, folder, "--out", tmp_path / "real.npz", *use)["scores"] == {}
+    (tmp_path / "renamed.pt2").symlink_to(extractor_file)  # the weights count, not the file's name
+    saved = score("real.npz", "other.npz", "--extractor", tmp_path / "renamed.pt2")
+    assert "left out: kid, prdc (" in saved["notes"][-1]
+    saved = saved["scores"]
+    assert list(saved) == ["FD(tiny)", "IS(tiny)", "IS std"] and abs(saved["FD(tiny)"] - expected["FD(tiny)"]) < 1e-9
+    assert scores_of(capsys, *[tmp_path / "real.npz"] * 2)["scores"]["FD(tiny)"] < 1e-9  # no network is loaded
+    # Another tool's file: no word on what made it, and images beside statistics, which count where those do not suffice.
     with np.load(tmp_path / "real.npz") as file:
-        np.savez(tmp_path / "foreign.npz", mu=file["mu"], sigma=file["sigma"])
-    result = scores_of(capsys, tmp_path / "foreign.npz", tmp_path / "other.npz", *use)
-    assert result["n_real"] is None and any("do not say" in line for line in result["notes"])
-    assert abs(result["scores"]["FD(tiny)"] - expected["FD(tiny)"]) < 1e-9
-
-
-def test_command_scores_on_request(tmp_path, folder, extractor_file, capsys):
-    files = [folder / f"rose {c}" / f"{i}.png" for c in (1, 9, 10) for i in range(8)]  # natural order, as gan.py has it
-    images = torch.stack([pil_to_tensor(Image.open(file)) for file in files])
-    labels = torch.arange(3).repeat_interleave(8)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
-    np.savez(tmp_path / "fake.npz", images=images[order].numpy(), labels=labels[order].numpy())
-    names = "fid,fid-infinity,fid-interval,fid-classes,kid-subsets,swd"
-    use = ["--extractor", extractor_file, "--metrics", names]
-    result = scores_of(capsys, folder, tmp_path / "fake.npz", *use)
-    scores = result["scores"]
-    of_class = {k: v for k, v in scores.items() if "(8 and 8 images)" in k}  # labels count into the sorted class names
-    assert list(of_class) == [f"FD(tiny) of rose {c} (8 and 8 images)" for c in (1, 10, 9)]
-    np.savez(tmp_path / "named.npz", images=images.numpy(), labels=[f"rose {c}" for c in (1, 9, 10) for _ in range(8)])
-    named = scores_of(capsys, tmp_path / "fake.npz", tmp_path / "named.npz", *use[:2], "--metrics", "fid-classes")
-    assert all(0 <= value < 1e-9 for value in named["scores"].values()) and len(named["scores"]) == 4
-    assert all(0 <= value < 1e-9 for value in of_class.values()) and abs(scores["FD(tiny) class mean"]) < 1e-9
-    assert scores["FD(tiny) low"] <= scores["FD(tiny)"] <= scores["FD(tiny) high"]
-    assert {"FD(tiny) infinity", "KID(tiny) of subsets", "KID std", "SWD"} < set(scores)
-    assert result == scores_of(capsys, folder, tmp_path / "fake.npz", *use)
-    assert result != scores_of(capsys, folder, tmp_path / "fake.npz", *use, "--seed", 1)
-    # A score that needs no network loads none.
-    alone = scores_of(capsys, folder, tmp_path / "fake.npz", "--metrics", "swd", "--extractor", "nowhere")
-    assert alone["scores"] == {k: v for k, v in scores.items() if k.startswith("SWD")} and "network" not in alone
-
-
-def test_command_names_and_counts_unreadable_images(tmp_path, folder, extractor_file, capsys):
-    shutil.copytree(folder, tmp_path / "fake")
-    whole = scores_of(capsys, folder, tmp_path / "fake", "--extractor", extractor_file, "--metrics", "fid")
-    file = tmp_path / "fake/rose 1/0.png"
-    (tmp_path / "fake/rose 1/broken.png").write_bytes(file.read_bytes()[:100])
-    (tmp_path / "fake/rose 1/none.jpg").write_text("no picture")
-    Image.fromarray(np.full((9, 9), 40000, dtype=np.uint16)).save(tmp_path / "fake/rose 1/deep.png")
-    (tmp_path / "fake/rose 1/.hidden.png").write_text("what a file manager leaves")
-    (tmp_path / "fake/rose 1/loop").symlink_to("..")
-    names = "fid,swd,fid-classes"
-    result = scores_of(capsys, folder, tmp_path / "fake", "--extractor", extractor_file, "--metrics", names)
-    assert result["n_fake"] == 24 and result["scores"]["FD(tiny)"] == whole["scores"]["FD(tiny)"]
-    note = next(line for line in result["notes"] if "could not be read" in line)
-    assert "3 files" in note and all(f"{name} (" in note for name in ("broken.png", "none.jpg", "deep.png"))
+        np.savez(tmp_path / "both.npz", arr_0=hwc, mu=file["mu"] + 1, sigma=file["sigma"])
+    assert score("both.npz", "other.npz")["scores"] == pytest.approx(expected, abs=1e-9)
+    foreign = score("both.npz", "other.npz", "--metrics", "fid")
+    assert foreign["n_real"] is None and "do not say" in str(foreign["notes"])
+    assert list(foreign["scores"]) == ["FD(tiny)"] and foreign["scores"]["FD(tiny)"] > expected["FD(tiny)"] + 1
+    swd = scores_of(capsys, folder, tmp_path / "other.npz", "--metrics", "swd", "--extractor", "nowhere")
+    assert list(swd["scores"]) == ["SWD"] and "network" not in swd and swd["n_fake"] == 24
 
 
 @pytest.mark.parametrize(
@@ -2085,150 +2065,104 @@ def test_command_names_and_counts_unreadable_images(tmp_path, folder, extractor_
     [
         ("{folder}", "--out"),
         ("{folder} --out {tmp}/stats.txt", "an .npz"),
-        ("{folder} --out {tmp}/nowhere/stats.npz", "an .npz"),
         ("{folder} --out {tmp}/stats.npz --metrics fid", "FAKE"),
-        ("{folder} {folder} --seed -1", "--seed"),
-        ("{folder} {tmp}/torn.npz", "holds neither"),
-        ("{folder} {tmp}/unreadable --metrics swd", "2 readable"),
-        ("{folder} {tmp}/nowhere", "neither a folder"),
-        ("{folder} {folder}/../nowhere.npz", "neither a folder"),
         ("{folder} --out {tmp}/keys.npz", "no feature statistics"),
-        ("{folder} {folder} --metrics ,", "no score"),
-        ("{folder} {tmp}/truth.npz", "one number or name"),
+        ("{folder} {tmp}/nowhere", "neither a folder"),
         ("{folder} {tmp}/empty", "0 images"),
-        ("{folder} {tmp}/single", "1 images"),
-        ("{folder} {tmp}/spoilt --extractor {tiny}", "1 readable"),
+        ("{folder} {tmp}/text --extractor {tiny}", "no image"),
         ("{folder} {tmp}/floats.npy", "uint8"),
-        ("{folder} {tmp}/two.npy", "uint8"),
         ("{folder} {tmp}/keys.npz", "holds neither"),
-        ("{folder} {tmp}/text.npz", "holds neither"),
-        ("{folder} {tmp}/labels.npz", "labels"),
-        ("{folder} {tmp}/wide.npz --extractor {tiny}", "dimensions"),
-        ("{tmp}/clean.npz {folder} --extractor {tiny}", "cannot be compared"),
-        ("{tmp}/clean.npz {tmp}/tf1.npz", "resize clean"),
-        ("{tmp}/clean.npz {folder} --metrics kid --extractor {tiny}", "kid needs features"),
+        ("{folder} {tmp}/wide.npz --extractor {tiny} --metrics fid", "dimensions"),
+        ("{tmp}/clean.npz {folder} --extractor {tiny}", "resize clean"),
+        ("{tmp}/clean.npz {folder} --metrics kid --extractor {tiny}", "kid needs images"),
         ("{folder} {folder} --metrics fid,foo", "no score 'foo'"),
-        ("{folder} {tmp}/images.npy --metrics fid-classes --extractor {tiny}", "needs labels"),
-        ("{folder} {tmp}/strange.npz --metrics fid-classes --extractor {tiny}", "classes"),
-        ("{folder} {tmp}/images.npy --extractor {tmp}/division.pt2", "finite"),
         ("{folder} {folder} --device tpu", "device"),
         ("{folder} {folder} --resize nearest", "--resize"),
-        ("{folder} {folder} --bogus", "--bogus"),
-        ("{folder} {folder} --splits 0 --extractor {tiny}", "splits"),
+        ("{folder} {folder} --resize clean --extractor {tiny}", "fixes its own"),
+        ("{folder} {folder} --extractor {tmp}/" + "long/" * 90, "no extractor"),
     ],
 )
-def test_command_errors(argv, hint, tmp_path, folder, extractor_file, division_extractor, capsys):
-    shutil.copy(division_extractor, tmp_path / "division.pt2")
-    for name, count in (("empty", 0), ("single", 1), ("spoilt", 1)):
+def test_command_errors(argv, hint, tmp_path, folder, extractor_file, capsys):
+    for name in ("empty", "text"):
         (tmp_path / name).mkdir()
-        for i in range(count):
-            write_picture(torch.zeros(3, 8, 8, dtype=torch.uint8), tmp_path / name / f"{i}.png")
-    (tmp_path / "spoilt/no.png").write_text("no picture")
-    (tmp_path / "unreadable").mkdir()
     for i in range(3):
-        (tmp_path / "unreadable" / f"{i}.png").write_text("no picture")
+        (tmp_path / f"text/{i}.png").write_text("no picture")
     images = np.zeros((4, 8, 8, 3), np.uint8)
-    np.save(tmp_path / "images.npy", images)
     np.save(tmp_path / "floats.npy", images / 255)
-    np.save(tmp_path / "two.npy", images[..., :2])
     np.savez(tmp_path / "keys.npz", pictures=images)
-    (tmp_path / "torn.npz").write_bytes((tmp_path / "keys.npz").read_bytes()[:-30])
-    (tmp_path / "text.npz").write_text("no")
-    np.savez(tmp_path / "labels.npz", images=images, labels=np.zeros(3, int))
-    np.savez(tmp_path / "truth.npz", images=images, labels=np.zeros(4))
-    np.savez(tmp_path / "strange.npz", images=images, labels=np.array([0, 0, 7, 7]))
     np.savez(tmp_path / "wide.npz", mu=np.zeros(5), sigma=np.eye(5))
-    for resize in ("clean", "tf1"):
-        made_by = {**MADE_BY, "resize": resize}
-        metrics.FeatureStats(48, made_by).update(normal(60, 48, 0)).save(tmp_path / f"{resize}.npz")
+    metrics.FeatureStats(48, {**MADE_BY, "resize": "clean"}).update(normal(60, 48, 0)).save(tmp_path / "clean.npz")
     before = sorted(tmp_path.rglob("*"))
     words = [word.format(folder=folder, tmp=tmp_path, tiny=extractor_file) for word in argv.split()]
     assert hint in metrics_fail(capsys, *words)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.fixture(scope="session")
-def division_extractor(tmp_path_factory):
-    """Features that are not finite where an image is black."""
-
-    class Division(torch.nn.Module):
-        def forward(self, x):
-            return 1 / x.mean(dim=(2, 3))
-
-    path = tmp_path_factory.mktemp("extractor") / "division.pt2"
-    dims = {0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")}
-    torch.export.save(torch.export.export(Division(), (torch.rand(3, 3, 16, 24),), dynamic_shapes=(dims,)), path)
-    return path
-
-
-def test_command_tells_its_progress(monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    for terminal, expected in ((False, "net: 40 of 100 images, 1:00 left\n"), (True, None)):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-        now[0] = 0.0
-        progress = metrics.show_progress("net")
-        for seconds, done in ((0.1, 1), (40, 40), (41, 41), (100, 100)):
-            now[0] = seconds
-            progress(done, 100)
-        err = capsys.readouterr().err
-        if terminal:
-            assert err.startswith("\r\x1b[Knet: 40 of 100 images, 1:00 left\r\x1b[K") and err.endswith("0:00 left\n")
-        else:
-            assert err.startswith(expected) and err.count("\n") == 2
+def test_refusals():
+    x, stats = normal(5, 3, 0), metrics.FeatureStats
+    for call, hint in (
+        (lambda: metrics.frechet_distance(x, normal(5, 4, 0)), "dimensions"),
+        (lambda: metrics.frechet_distance(x[:1], x), "at least 2"),
+        (lambda: metrics.frechet_distance(x.abs() / 0, x), "finite"),
+        (lambda: stats(3, {**MADE_BY, "resize": "no"}).merge(stats(3, MADE_BY)), "resize no.*tf1"),
+        (lambda: metrics.inception_score(x[:0]), "at least 1"),
+        (lambda: metrics.kernel_distance(x[:1], x), ">= 2"),
+        (lambda: metrics.precision_recall(x, x, k=5), "from 1 to 4"),
+        (lambda: metrics.sliced_wasserstein(pixels(2, 3, 32, 32), pixels(2, 1, 32, 32)), "one size"),
+        (lambda: metrics.sliced_wasserstein(pixels(2, 3, 8, 32), pixels(2, 3, 8, 32)), "16 x 16"),
+    ):
+        with pytest.raises(metrics.UserError, match=hint):
+            call()
 
 
-def test_two_processes_score_as_one(tmp_path, folder, extractor_file, division_extractor, capsys):
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import json, os, sys, torch, torch.distributed as dist\n"
-        f"sys.path.insert(0, {str(HERE)!r})\n"
-        "import metrics\n"
-        "dist.init_process_group('gloo')\n"
-        "network = metrics.load_extractor(sys.argv[1])\n"
-        "for n in (25, 1):\n"
-        "    images = torch.randint(256, (n, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))\n"
-        "    whole = metrics.measure(network, images)\n"
-        "    assert torch.equal(whole.features, metrics.extract(network, images)[0])\n"
-        "    if n > 1:\n"
-        "        scores = metrics.compare(metrics.Summary.of(network, whole.features[:12]), whole)\n"
-        "        with open(f'{sys.argv[2]}/{dist.get_rank()}.json', 'w') as file:\n"
-        "            json.dump(scores, file)\n"
-        "os._exit(0)\n"  # see the end of metrics.py
-    )
+def test_names_that_no_terminal_can_show(tmp_path, extractor_file, monkeypatch):
+    root = tmp_path / os.fsdecode(b"latin1-\xe9 \xe2\x82\xac\nline")
+    root.mkdir()
+    network, out, err = root / os.fsdecode(b"net\xe9.pt2"), *(io.TextIOWrapper(io.BytesIO(), "ascii") for _ in range(2))
+    network.write_bytes(extractor_file.read_bytes())
+    for i in range(3):
+        write_picture(pixels(3, 8, 8, seed=i), root / f"{i}.png")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    argv = [str(root), str(root), "--extractor", str(network)]
+    assert metrics.main(argv) == 0 and metrics.main([*argv, "--out", str(root / "s.npz"), "--json"]) == 0
+    assert metrics.main([str(root), str(root / "nowhere"), *argv[2:]]) == 2
+    cached = metrics.measure_cached(metrics.load_extractor(network), pixels(3, 3, 8, 8), root / "cache")
+    assert metrics.FeatureStats.load(root / "s.npz").made_by == cached.stats.made_by
+    out.flush(), err.flush()
+    lines = out.buffer.getvalue().decode("ascii").splitlines()
+    assert lines[0] == f"real: {tmp_path}/latin1-\\udce9 \\u20ac\\nline" and err.buffer.getvalue().count(b"\n") == 1
+    assert any(line.startswith("FD(net\\udce9)") for line in lines) and "net\\udce9.pt2 (" in "\n".join(lines)
 
-    done = torchrun(script, extractor_file, tmp_path)
-    assert done.returncode == 0, done.stderr
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert ranks[0] == ranks[1]
-    network = metrics.load_extractor(extractor_file)
-    images = torch.randint(256, (25, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    whole = metrics.measure(network, images)
-    alone = metrics.compare(metrics.Summary.of(network, whole.features[:12]), whole)
-    assert alone.keys() == ranks[0].keys() and all(abs(ranks[0][k] - alone[k]) < 1e-9 for k in alone)
 
-    shutil.copytree(folder, tmp_path / "fake")
-    (tmp_path / "fake/rose 1/none.png").write_text("no picture")
-    argv = [
-        folder,
-        tmp_path / "fake",
-        "--extractor",
-        extractor_file,
-        "--metrics",
-        "fid,is,kid,prdc,swd,fid-classes",
-        "--json",
-    ]
-    done = torchrun(HERE / "metrics.py", *argv)
-    assert done.returncode == 0, done.stderr
-    both, one = json.loads(done.stdout), scores_of(capsys, *argv)
-    assert scores_of(capsys, *argv) == one
-    assert both["notes"] == one["notes"] and both["n_fake"] == one["n_fake"] == 24
-    assert all(abs(both["scores"][k] - one["scores"][k]) < 1e-9 for k in one["scores"])
-    # What stops one process is told once, and stops both.
-    images = torch.full((25, 3, 8, 8), 9, dtype=torch.uint8)
-    images[3] = 0
-    np.save(tmp_path / "one.npy", images.numpy())
-    argv = [folder, tmp_path / "one.npy", "--extractor", division_extractor]
-    done = torchrun(HERE / "metrics.py", *argv)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("metrics.py")]
-    assert done.returncode != 0 and len(lines) == 1 and "finite" in lines[0] and "[rank" not in done.stderr, done.stderr
+@pytest.mark.parametrize("terminal,total", [(False, 100), (True, 100), (True, None), (None, 100)])
+def test_progress_on_any_stream(terminal, total, monkeypatch):
+    now, text = [0.0], io.StringIO()
+    stream = SimpleNamespace(write=text.write, flush=text.flush)  # a notebook's or a logger's, without isatty
+    if terminal is not None:
+        stream.isatty = lambda: terminal
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "stdout", stream)
+    progress = metrics.show_progress("net")
+    for now[0], done, of in ((0.1, 1, total), (40, 40, total), (41, 41, total), (100, 100, 100)):
+        progress(done, of)
+    first = "net: 40 of 100 images, 1:00 left" if total else "net: 40 images"
+    start, lines = (f"\r\x1b[K{first}\r\x1b[K", 1) if terminal else (f"{first}\n", 2)
+    shown = text.getvalue()
+    assert shown.startswith(start) and shown.endswith("0:00 left\n") and shown.count("\n") == lines
+    assert metrics.main(["nowhere"]) == 2 and "error: give FAKE" in text.getvalue()
+
+
+def test_interrupts_are_quiet(tmp_path, monkeypatch, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metrics, "run", interrupt)
+    assert metrics.main(["a", "b"]) == 130 and capsys.readouterr() == ("", "")
+    kill = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
+    (tmp_path / "torch.py").write_text(kill)  # Ctrl-C while torch is imported
+    script = tmp_path / "metrics.py"
+    script.write_text((HERE / "metrics.py").read_text())
+    done = subprocess.run([sys.executable, script, "a", "b"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

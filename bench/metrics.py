@@ -3,8 +3,8 @@
 
     pip install -r requirements.txt -r bench/requirements.txt && python bench/metrics.py
 
-Takes about six minutes on two cores. Networks have random weights, since it measures time and agreement, not images. What
-is compared runs in one process, in turns; a time is the median of its turns.
+Takes about six minutes on two cores. Networks have random weights, since only time and agreement are measured. Competitors
+take turns in one process; a time is the median of its turns.
 """
 
 import contextlib
@@ -119,7 +119,7 @@ def random_inception(folder):
 def pytorch_fid_inception(file):
     import pytorch_fid.inception
 
-    pytorch_fid.inception.load_state_dict_from_url = lambda *args, **how: torch.load(file)
+    pytorch_fid.inception.load_state_dict_from_url = lambda *args, **kwargs: torch.load(file)
     return pytorch_fid.inception.InceptionV3([3]).eval()
 
 
@@ -127,14 +127,14 @@ def extraction(folder):
     file = random_inception(folder)
     images = torch.randint(256, (96, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     theirs = pytorch_fid_inception(file)
-    full, half = (metrics.load_extractor(file, resize="bilinear", precision=p) for p in metrics.PRECISIONS)
+    full, half = (metrics.load_extractor(file, resize="bilinear", dtype=dtype) for dtype in metrics.DTYPES)
 
     @torch.no_grad()
     def reference():  # at pytorch-fid's own batch size
         return torch.cat([theirs(x.float() / 255)[0].flatten(1) for x in images.split(50)])
 
     seconds, features = in_turns(
-        3, reference, lambda: metrics.extract(full, images)[0], lambda: metrics.extract(half, images)[0]
+        3, reference, lambda: metrics.measure(full, images).features, lambda: metrics.measure(half, images).features
     )
     for name, second, x in zip(("float32", "bfloat16"), seconds[1:], features[1:]):
         rate = f"{len(images) / second:.1f} images/s"
@@ -160,11 +160,11 @@ def agreement(folder):
     theirs = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(file))
     with torch.no_grad():
         features, logits = theirs(images)
-    ours, said = metrics.extract(metrics.load_extractor(file), images)
+    ours, said = metrics.load_extractor(file)(images)
     row("features, tf1", "", "torch-fidelity's", f"{((ours - features).norm() / features.norm()).item():.0e} apart")
-    mine, _ = metrics.inception_score(said, splits=4)
-    other = isc_features_to_metric(logits, splits=4, shuffle=False)["inception_score_mean"]
-    row("IS, 4 splits", f"{mine:.6f}", f"torch-fidelity {other:.6f}", f"{abs(other / mine - 1):.0e} apart")
+    mine, _ = metrics.inception_score(said, splits=1)  # metrics.py draws its splits otherwise
+    other = isc_features_to_metric(logits, splits=1, shuffle=False)["inception_score_mean"]
+    row("IS, 1 split", f"{mine:.6f}", f"torch-fidelity {other:.6f}", f"{abs(other / mine - 1):.0e} apart")
     x, y = ours[:12], ours[12:]
     subsets = {"kid_subsets": 1, "kid_subset_size": len(x), "verbose": False}  # one subset that is the whole
     mine = metrics.kernel_distance(x, y)
@@ -180,24 +180,18 @@ def agreement(folder):
 # Memory
 
 
-class Noise:
-    """n images that are made when they are looked at."""
-
-    def __init__(self, n):
-        self.n = n
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        return torch.randint(256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+def noise(n):
+    """Yields n uint8 images [3,16,16] in batches, as a generator of samples does."""
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, n, 50):
+        yield torch.randint(256, (min(50, n - start), 3, 16, 16), dtype=torch.uint8, generator=generator)
 
 
 def peak_memory(n):
     """Peak MB of this process while it takes FID and IS of n images: DIM features and 1,000 logits each."""
     weight = torch.randn(768, DIM + 1000, generator=torch.Generator().manual_seed(0))
     extractor = metrics.Extractor(lambda x: (x.flatten(1) @ weight).split([DIM, 1000], dim=1), "noise", "0" * 16)
-    summary = metrics.measure(extractor, Noise(n), keep=False)
+    summary = metrics.measure(extractor, noise(n), keep=False)
     other = metrics.FeatureStats.from_moments(torch.zeros(DIM), torch.eye(DIM))
     assert metrics.frechet_distance(summary.stats, other) > 0 and summary.predictions.score()[0] >= 1
     status = Path("/proc/self/status").read_text()  # Linux; a child's ru_maxrss would begin with its parent's

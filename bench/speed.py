@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""gan.py's training step and sampling beside a textbook loop of the very same networks: the table of the README.
+"""gan.py's training step and sampling beside a textbook loop of the very same networks.
 
     python bench/speed.py                     # all that this machine can do, some fifteen minutes on two cores
     python bench/speed.py train64 memory      # some of it
@@ -17,6 +17,8 @@ textbook's as a script would.
 import argparse
 import collections
 import copy
+import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gan  # noqa: E402
+import step as step_bench  # noqa: E402, step.py beside this file
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The textbook networks: gan.py's modules, run as the papers draw them
@@ -102,40 +105,39 @@ def textbook(net):
     return net.to(memory_format=torch.contiguous_format)
 
 
-def textbook_state(state):
-    """A copy of gan.py's State in textbook form: its networks, and Adam as a loop over parameters."""
-    other = copy.copy(state)
-    other.G, other.D, other.G_ema = (textbook(net) for net in (state.G, state.D, state.G_ema))
+def textbook_of(model):
+    """A copy of a GAN in textbook form: its networks, and Adam as a loop over parameters."""
+    other = copy.copy(model)
+    other.G, other.D, other.G_ema = (textbook(net) for net in (model.G, model.D, model.G_ema))
     for name, net in (("opt_G", other.G), ("opt_D", other.D)):
-        group = getattr(state, name).param_groups[0]
-        adam = torch.optim.Adam(net.parameters(), lr=group["lr"], betas=group["betas"])
-        setattr(other, name, adam)
+        group = getattr(model, name).param_groups[0]
+        setattr(other, name, torch.optim.Adam(net.parameters(), lr=group["lr"], betas=group["betas"]))
     return other
 
 
-def textbook_step(state, data):
+def textbook_step(model, data):
     """One iteration as it is usually written. Returns the two losses as numbers."""
-    c, G, D = state.config, state.G, state.D
+    c, G, D = model.config, model.G, model.D
     d_loss, g_loss = gan.LOSSES[c.loss]
     real, y = next(data)
 
     fake = G(torch.randn(c.batch, c.z_dim, device=real.device), y).detach()
     loss_D = d_loss(D(gan.diff_augment(real, c.augment), y), D(gan.diff_augment(fake, c.augment), y))
-    state.opt_D.zero_grad()
+    model.opt_D.zero_grad()
     loss_D.backward()
-    state.opt_D.step()
+    model.opt_D.step()
 
     fake = G(torch.randn(c.batch, c.z_dim, device=real.device), y)
     loss_G = g_loss(D(gan.diff_augment(fake, c.augment), y))
-    state.opt_G.zero_grad()
+    model.opt_G.zero_grad()
     loss_G.backward()
-    state.opt_G.step()
+    model.opt_G.step()
 
-    state.step += 1
+    model.steps += 1
     with torch.no_grad():
-        for average, p in zip(state.G_ema.parameters(), G.parameters()):
+        for average, p in zip(model.G_ema.parameters(), G.parameters()):
             average.mul_(0.999).add_(p, alpha=0.001)
-        for average, b in zip(state.G_ema.buffers(), G.buffers()):
+        for average, b in zip(model.G_ema.buffers(), G.buffers()):
             average.copy_(b)
     return loss_D.item(), loss_G.item()
 
@@ -144,14 +146,12 @@ def textbook_step(state, data):
 # Measuring
 
 
-def make_state(size, batch, amp="off"):
-    """(a State of the default width, a stream of data for it): conditional, hinge, on the GPU if there is one."""
-    config = gan.resolve(gan.Config(loss="hinge", cond=True, size=size, batch=batch, amp=amp))
-    config = gan.replace(config, augment="color,translation,cutout")
-    device = gan.pick_device(config.device)
+def make_gan(size, batch, amp="off"):
+    """(a GAN of the default width, a stream of data for it): conditional, hinge, on the GPU if there is one."""
+    config = gan.Config(loss="hinge", cond=True, size=size, batch=batch, amp=amp, augment="color,translation,cutout")
+    device, config = gan.join(config.device), gan.resolve(config)
     images, labels, classes = gan.load_images("synthetic", config.size, config.channels)
-    state = gan.new_state(config, classes, device)
-    return state, gan.batches(gan.place(images, device), labels, config, device)
+    return gan.GAN(config, len(classes), device), gan.batches(images, labels, config, device)
 
 
 def in_turns(turns, works, warm_up=5):
@@ -174,9 +174,9 @@ def row(work, ours, textbook, ratio):
 
 def training(size, batch, amp="off", turns=9):
     work = f"training, {size} px, batch {batch}, {'bfloat16 against float32' if amp == 'bf16' else 'float32'}"
-    state, data = make_state(size, batch, amp)
-    other = textbook_state(state)
-    slow, fast = in_turns(turns, [lambda: textbook_step(other, data), lambda: gan.train_step(state, data)])
+    model, data = make_gan(size, batch, amp)
+    other = textbook_of(model)
+    slow, fast = in_turns(turns, [lambda: textbook_step(other, data), lambda: model.train_step(data)])
     row(f"{work}, one process", f"{batch / fast:.1f} images/s", f"{batch / slow:.1f} images/s", f"{slow / fast:.2f}x")
     loops = [Loop("textbook", size, batch), Loop("gan.py train", size, batch, amp)]
     slow, fast = in_turns(turns, [loop.step for loop in loops])
@@ -214,24 +214,24 @@ def loop(which, size, batch, amp, age):
     """What a Loop's process does: age steps, then one for each line on stdin."""
     if which == "gan.py train":
         gan.hold_memory()
-    state, data = make_state(int(size), int(batch), amp)
+    model, data = make_gan(int(size), int(batch), amp)
     if which == "textbook":
-        state = textbook_state(state)
-    before = gan.peak_memory(gan.device_of(state.G))
+        model = textbook_of(model)
+    before = step_bench.peak_memory(model.device)
 
     def step():
-        textbook_step(state, data) if which == "textbook" else gan.train_step(state, data).tolist()
+        textbook_step(model, data) if which == "textbook" else model.train_step(data).tolist()
 
     for _ in range(int(age)):
         step()
     for _ in sys.stdin:
         step()
         print("done", flush=True)
-    print((gan.peak_memory(gan.device_of(state.G)) - before) // 2**20)
+    print((step_bench.peak_memory(model.device) - before) // 2**20)
 
 
 def sampling(n=640):
-    G = make_state(64, 64)[0].G_ema
+    G = make_gan(64, 64)[0].G_ema
     other = textbook(G)
     works = [lambda: gan.generate(other, n), lambda: gan.generate(G, n)]
     slow, fast = in_turns(3, works, warm_up=1)
@@ -284,11 +284,11 @@ class Stopwatch(TorchDispatchMode):
 
 def profile(size=64, batch=32, steps=5):
     """The largest costs of a step, of both loops."""
-    state, data = make_state(size, batch)
-    other = textbook_state(state)
+    model, data = make_gan(size, batch)
+    other = textbook_of(model)
     for name, work in (
         ("textbook", lambda: textbook_step(other, data)),
-        ("gan.py", lambda: gan.train_step(state, data)),
+        ("gan.py", lambda: model.train_step(data)),
     ):
         in_turns(1, [work])
         with Stopwatch() as watch:
@@ -301,11 +301,10 @@ def profile(size=64, batch=32, steps=5):
 
 def compiling():
     batch = 64 if torch.cuda.is_available() else 32
-    state, data = make_state(64, batch, "bf16")
-    fast = gan.compiled(state)
-    if fast is state:
-        return
-    eager, quick = in_turns(9, [lambda: gan.train_step(state, data), lambda: gan.train_step(fast, data)])
+    model, data = make_gan(64, batch, "bf16")
+    fast, _ = make_gan(64, batch, "bf16")
+    fast.G.compile(), fast.D.compile()
+    eager, quick = in_turns(9, [lambda: model.train_step(data), lambda: fast.train_step(data)])
     work, times = f"a step, 64 px, batch {batch}, bfloat16", f"{1000 * quick:.1f} ms, {1000 * eager:.1f} without"
     print(f"{work}, with --compile: {times}: {eager / quick:.2f}x", flush=True)
 
@@ -314,6 +313,7 @@ WORKS = {
     "train64": lambda: training(64, 32),
     "train64-bf16": lambda: training(64, 32, "bf16"),
     "train32": lambda: training(32, 64, turns=25),
+    "train32-bf16": lambda: training(32, 64, "bf16", turns=25),
     "cuda": lambda: training(64, 64, "bf16", turns=50),
     "sampling": sampling,
     "memory": memory,
@@ -333,7 +333,9 @@ def main():
     gan.hold_memory()  # as the train command does; it serves both
     if "cuda" in args.works and not torch.cuda.is_available():
         parser.error("no GPU here")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs\n")
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    print(f"{model[1] if model else platform.processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"{torch.cuda.device_count()} GPUs\n")  # fmt: skip
     print("| work | gan.py | textbook | ratio |\n| --- | ---: | ---: | ---: |")
     here = [name for name in WORKS if name != "cuda" or torch.cuda.is_available()]
     for name in here if "all" in args.works else args.works:
