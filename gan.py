@@ -35,7 +35,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import get_args
 
-os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # waiting threads sleep soon, or a loaded machine falls to a third
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # threads that wait soon sleep: 3 times as fast on a busy machine
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -69,9 +69,10 @@ class Generator(nn.Module):
         self.norm = nn.BatchNorm2d(widths[-1])
         self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1)
         orthogonal_init(self)
-        # All but the last layer start at a tenth: batch norm cancels their scale, but Adam's steps have a fixed size,
-        # so small weights turn faster; and the gains start near 1, or each z would have a network of its own.
-        for layer in (self.linear, *(m for m in self.blocks.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))):
+        # Batch norm cancels the scale of what comes before it, but Adam's steps have a fixed size, so small weights
+        # learn faster. Without classes the gains start near 1 as well, or samples would be smears of many kinds.
+        small = (nn.Conv2d,) if num_classes else (nn.Conv2d, nn.Linear)
+        for layer in (self.linear, *(m for m in self.blocks.modules() if isinstance(m, small))):
             layer.weight.data *= 0.1
 
     def forward(self, z, y=None):
@@ -96,7 +97,7 @@ class GeneratorBlock(nn.Module):
     def forward(self, x, e):
         h = upsample_conv(self.conv1, F.relu(self.norm1(x, e), inplace=True))
         h = self.conv2(F.relu(self.norm2(h, e), inplace=True))
-        return h.add_(upsample(self.skip(x)))  # a 1x1 convolution commutes with upsampling, so it comes first
+        return h.add_(upsample(self.skip(x)))  # upsampled last: the 1x1 skip is then cheaper
 
 
 class AdaptiveBatchNorm(nn.Module):
@@ -125,6 +126,7 @@ class Discriminator(nn.Module):
         self.linear = nn.Linear(widths[-1], 1)
         self.embed = nn.Embedding(num_classes, widths[-1]) if num_classes else None
         for layer in orthogonal_init(self):
+            layer.weight.data *= 0.3  # spectral norm cancels the scale, so again smaller weights learn faster
             parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
 
     def features(self, x):
@@ -132,8 +134,7 @@ class Discriminator(nn.Module):
         h = self.conv(x.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             h = block(h)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.relu(h.to(torch.promote_types(h.dtype, torch.float32))).sum(dim=(2, 3))
+        return F.relu(h.to(torch.promote_types(h.dtype, torch.float32))).sum(dim=(2, 3))  # at least float32
 
     def forward(self, x, y=None):
         phi = self.features(x)
@@ -156,17 +157,18 @@ class DiscriminatorBlock(nn.Module):
         return conv_pool(self.conv2, F.relu(h, inplace=True)).add_(self.skip(pool(x)))
 
 
-# ---- Losses, to be minimised: of D by its logits of real[N] and fake[N], of G by those of fake[N]
+# ---- Losses to minimise: D's takes its logits of real[N] and fake[N], G's takes those of fake[N]
 def d_bce(real, fake):
     return F.softplus(-real).mean() + F.softplus(fake).mean()  # -log sigmoid(real) - log(1 - sigmoid(fake))
 
 
-LOSSES = {  # name: (loss of D, loss of G); arXiv 1406.2661 for ns and minimax, 1705.02894, 1611.04076, 1701.07875
+LOSSES = {  # name: (loss of D, loss of G), from arXiv 1406.2661, 1705.02894, 1611.04076, 1701.07875 and 1807.00734
     "ns": (d_bce, lambda fake: F.softplus(-fake).mean()),  # -log sigmoid(fake)
     "minimax": (d_bce, lambda fake: -F.softplus(fake).mean()),  # log(1 - sigmoid(fake)), which saturates
     "hinge": (lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(), lambda fake: -fake.mean()),
     "lsgan": (lambda real, fake: ((real - 1) ** 2 + fake**2).mean() / 2, lambda fake: ((fake - 1) ** 2).mean() / 2),
     "wgan": (lambda real, fake: fake.mean() - real.mean(), lambda fake: -fake.mean()),
+    "rpgan": (lambda real, fake: F.softplus(fake - real).mean(), lambda fake: F.softplus(-fake).mean()),  # fake - real
 }
 
 
@@ -183,10 +185,9 @@ class GAN:
     def __init__(self, config, num_classes=0, device="cpu"):
         torch.manual_seed(config.seed)
         self.config, self.device, self.steps = config, torch.device(device), 0
-        self.classes, self.images = [], None  # the classes' names and a hash of the images, for who resumes
-        self.G, self.D = (
-            net.to(device, memory_format=torch.channels_last) for net in self.networks(config, num_classes)
-        )
+        self.classes, self.images = [], None  # names and a hash of the images, checked on resume
+        nets = self.networks(config, num_classes)
+        self.G, self.D = (net.to(self.device, memory_format=torch.channels_last) for net in nets)
         self.G_ema = copy.deepcopy(self.G).eval().requires_grad_(False)
         for module in (*self.G.modules(), *self.D.modules()) if n_ranks() > 1 else ():
             if type(module) is nn.BatchNorm2d:
@@ -195,6 +196,7 @@ class GAN:
         self.opt_G = torch.optim.Adam(self.G.parameters(), config.lr_G, betas, fused=fused)
         self.opt_D = torch.optim.Adam(self.D.parameters(), config.lr_D, betas, fused=fused)
         self.dtype = pick_dtype(config.amp, self.device)
+        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if config.compile:
             self.G.compile(), self.D.compile()
@@ -206,7 +208,7 @@ class GAN:
         return Generator(*shape, config.z_dim, num_classes), Discriminator(*shape, num_classes)
 
     def train_step(self, data):
-        """Takes the steps of D and of G that make one step, on data from an iterator such as `batches`.
+        """Runs config.d_steps updates of D and config.g_steps of G on data, an iterator such as `batches`.
 
         Returns float32 [4] on the device, without waiting for it: both losses, then D's mean logits of real and fake.
         """
@@ -215,10 +217,10 @@ class GAN:
         torch.manual_seed(c.seed * 1_000_003 + self.steps)
         for i in range(c.d_steps):
             real, y = next(data)
-            with torch.set_grad_enabled(i == c.d_steps - 1):
+            with torch.set_grad_enabled(i == c.d_steps - 1):  # only the last samples are used again, for G
                 fake = self.draw(y)
             loss_D, real_logit, fake_logit = self.update_D(real, fake.detach(), y)
-        loss_G = self.update_G(real, fake, y)  # G has not moved since, so these samples serve both networks
+        loss_G = self.update_G(real, fake, y)  # G has not moved since drawing them
         for _ in range(c.g_steps - 1):
             loss_G = self.update_G(real, self.draw(y), y)
         self.steps += 1
@@ -228,24 +230,27 @@ class GAN:
     def draw(self, y):
         """Draws samples [B,C,H,W] of the classes y[B], through which gradients reach G."""
         z = local_rows(lambda n: sample_z(n, self.G.z_dim, device=y.device), len(y))
-        with self.autocast():
+        with self.autocast:
             return self.G(z, y)
 
     def update_D(self, real, fake, y):
         """Takes one step of D on real, fake [B,C,H,W] of the classes y[B]; returns its loss and mean logits of both."""
         both = torch.cat([diff_augment(x, self.config.augment) for x in (real, fake)])
-        with self.autocast():  # one pass over both: fewer, larger products
+        with self.autocast:  # one pass over both: fewer, larger products
             real_logits, fake_logits = self.D(both, y.repeat(2)).chunk(2)
         loss = LOSSES[self.config.loss][0](real_logits, fake_logits)
         self.descend(self.opt_D, loss)
-        return loss.detach(), real_logits.detach().mean(), fake_logits.detach().mean()
+        self.real_logits = real_logits.detach()
+        return loss.detach(), self.real_logits.mean(), fake_logits.detach().mean()
 
     def update_G(self, real, fake, y):
         """Takes one step of G on its samples fake [B,C,H,W] of the classes y[B]; returns the loss, a scalar."""
         self.D.requires_grad_(False)  # the gradient passes through D, which needs none of its own
         augmented = diff_augment(fake, self.config.augment)
-        with self.autocast():
+        with self.autocast:
             fake_logits = self.D(augmented, y)
+        if self.config.loss == "rpgan":  # pairs each sample with a real image of its class
+            fake_logits = fake_logits - self.real_logits
         loss = LOSSES[self.config.loss][1](fake_logits)
         self.descend(self.opt_G, loss)
         self.D.requires_grad_(True)
@@ -253,7 +258,7 @@ class GAN:
 
     def descend(self, optimizer, loss):
         """Takes one step of the optimizer down the gradient of the loss."""
-        optimizer.zero_grad()  # of what the other network's step may have left
+        optimizer.zero_grad()  # clears what the step of an override may have left
         self.scaler.scale(loss).backward()
         average_over_ranks([p.grad for group in optimizer.param_groups for p in group["params"]])
         self.scaler.step(optimizer)
@@ -262,22 +267,19 @@ class GAN:
 
     @torch.no_grad()
     def update_average(self):
-        """Moves G_ema towards G; its half-life in images grows with the images seen, up to config.ema_images."""
+        """Moves G_ema towards G; its half-life is a share of the images seen, up to config.ema_images."""
         half_life = min(self.config.ema_images, self.config.ema_ramp * self.steps * self.config.batch)
         weight = 1 - 0.5 ** (self.config.batch / half_life)
         torch._foreach_lerp_(list(self.G_ema.parameters()), list(self.G.parameters()), weight)
         self.G_ema.load_state_dict(dict(self.G.named_buffers()), strict=False)
 
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
     def save(self, path):
-        """Writes a checkpoint; the one that is there stays whole until the new one is. Refuses what is not finite."""
+        """Writes a checkpoint; the old file survives until the new one is complete. Refuses what is not finite."""
         content = {name: getattr(self, name).state_dict() for name in self.PARTS}
         if not all(t.isfinite().all() for t in torch.utils._pytree.tree_leaves(content) if torch.is_tensor(t)):
             raise UserError(f"the state at step {self.steps} is not finite: try lower --lr-G and --lr-D, or --amp off")
         content |= {"config": asdict(self.config), "steps": self.steps, "classes": self.classes, "images": self.images}
-        buffer = io.BytesIO()  # torch.save into a file tells a full disk as a RuntimeError without a reason
+        buffer = io.BytesIO()  # torch.save into a file reports a full disk as a RuntimeError without a reason
         torch.save(content, buffer)
         with whole_file(path) as file:
             file.write(buffer.getbuffer())
@@ -286,13 +288,13 @@ class GAN:
         """Restores what `save` wrote. Refuses options that must not change and, unless new_images, other images."""
         content = read_checkpoint(path, type(self))
         if "steps" not in content:
-            raise UserError(f"{path} is of an older version: eval and sample read it, --resume does not")
+            raise UserError(f"{path} is from an older version: eval and sample read it, --resume does not")
         for name in (f.name for f in fields(self.config) if f.name not in RESUMABLE + LOCAL):
             if getattr(self.config, name) != getattr(content["config"], name):
                 raise UserError(f"{name} cannot change on resume; these can: {', '.join(RESUMABLE + LOCAL)}")
         if self.classes != content["classes"] or (not new_images and self.images != content.get("images")):
-            raise UserError(f"{self.config.data} is not what {path} began with; --data can give other images")
-        with damage_told(path, "checkpoint to go on from"):
+            raise UserError(f"{path} was not trained on {self.config.data} as it is; --data can give other images")
+        with report_damage(path, "checkpoint to go on from"):
             for name in self.PARTS:
                 if content[name]:  # a scaler that did nothing has no state
                     getattr(self, name).load_state_dict(content[name])
@@ -313,7 +315,7 @@ def channel_widths(size, width, max_width):
 
 
 def orthogonal_init(net):
-    """Gives each convolution, linear layer and embedding of net orthogonal weights and no bias; returns the layers."""
+    """Gives each convolution, linear layer and embedding orthogonal weights and zero biases; returns these layers."""
     layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))]
     for layer in layers:
         nn.init.orthogonal_(layer.weight)
@@ -323,7 +325,7 @@ def orthogonal_init(net):
 
 
 class SpectralNorm(nn.Module):
-    """Divides a weight by its largest singular value, in float32 even under autocast, unlike torch's. Each forward pass
+    """Divides a weight by its largest singular value; unlike torch's, in float32 even under autocast. Each forward pass
     in training makes one power iteration, on the weight as a matrix [shape[0], rest]."""
 
     def __init__(self, weight):
@@ -445,43 +447,35 @@ def sample_z(n, z_dim, trunc=None, generator=None, device=None):
     return nn.init.trunc_normal_(torch.empty(n, z_dim, device=device), 0, 1, -trunc, trunc, generator)
 
 
-def seeded(seed):
-    if not 0 <= seed < 2**32:
-        raise UserError(f"a seed must be from 0 to 4294967295, not {seed}")
-    return torch.Generator().manual_seed(seed)
-
-
 def choose_classes(G, n, classes=None, seed=0):
     """Lists n classes, int64 [n]: `classes` in turn, or drawn evenly if they are None (zeros if G has no classes)."""
     if classes is None:
-        return torch.randint(max(1, G.num_classes), (n,), generator=seeded(seed))
+        return torch.randint(max(1, G.num_classes), (n,), generator=torch.Generator().manual_seed(seed))
     if len(classes) == 0 or (wrong := set(map(str, classes)) - set(map(str, range(G.num_classes)))):
         raise UserError(f"no class {min(wrong) if len(classes) else ''}: this generator has {G.num_classes} of them")
     return torch.tensor([int(classes[i % len(classes)]) for i in range(n)])
 
 
-STANDING = weakref.WeakKeyDictionary()  # generator -> (versions of its weights, {trunc: buffers with the statistics})
+STANDING = weakref.WeakKeyDictionary()  # generator -> {(trunc, versions of its weights): buffers with the statistics}
 
 
 @torch.no_grad()
 def with_standing_statistics(G, trunc=None, n_batches=20, batch=64):
     """Copies G, in eval mode, with batch-norm statistics of z drawn with this trunc, since those of other z shift every
     layer. They are estimated once for each trunc, until G's weights change; the copy shares these."""
-    versions, device = [p._version for p in G.parameters()], next(G.parameters()).device
-    if G not in STANDING or STANDING[G][0] != versions:  # training, which works in place, raises the versions
-        STANDING[G] = versions, {}
-    known, copied = STANDING[G][1], copy.deepcopy(G, {id(p): p for p in G.parameters()}).eval()
-    if trunc not in known:
+    device, key = next(G.parameters()).device, (trunc, *(p._version for p in G.parameters()))
+    known, copied = STANDING.setdefault(G, {}), copy.deepcopy(G, {id(p): p for p in G.parameters()}).eval()
+    if key not in known:
         for norm in (m for m in copied.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.train().reset_running_stats()
             norm.momentum = None  # the plain mean over batches
-        generator = seeded(0)
+        generator = torch.Generator().manual_seed(0)
         for i in range(n_batches):
             z, y = sample_z(batch, G.z_dim, trunc, generator), choose_classes(G, batch, seed=i)
             copied(z.to(device), y.to(device))
-        known[trunc] = {name: buffer.clone() for name, buffer in copied.eval().named_buffers()}
-    copied.load_state_dict(known[trunc], strict=False)
-    STANDING[copied] = versions, {trunc: known[trunc]}
+        known[key] = {name: buffer.clone() for name, buffer in copied.eval().named_buffers()}
+    copied.load_state_dict(known[key], strict=False)
+    STANDING[copied] = {key: known[key]}
     return copied
 
 
@@ -499,14 +493,13 @@ def to_uint8(x):
 def render(G, z, y, trunc=None, batch=64):
     """Draws the samples of z[n,z_dim] and y[n] with the statistics for trunc: uint8 [n,C,H,W] on the CPU."""
     G, device = with_standing_statistics(G, trunc), next(G.parameters()).device
-    pairs = zip(z.split(batch), y.split(batch))
-    return torch.cat([to_uint8(G(z.to(device), y.to(device))).cpu() for z, y in pairs])
+    return torch.cat([to_uint8(G(a.to(device), b.to(device))).cpu() for a, b in zip(z.split(batch), y.split(batch))])
 
 
 def generate(G, n, trunc=None, classes=None, seed=0):
     """Draws n samples of G as uint8 [n,C,H,W]; sample i of a seed is the same for every n and device. G stays as it is.
     trunc: the bound of |z_i|, or None. classes: indices to go through in turn; None draws them evenly."""
-    generator = seeded(seed)
+    generator = torch.Generator().manual_seed(seed)
     z = [sample_z(1, G.z_dim, trunc, generator) for _ in range(n)]  # one by one, or else the last would depend on n
     return render(G, torch.cat(z), choose_classes(G, n, classes, seed), trunc)
 
@@ -514,14 +507,14 @@ def generate(G, n, trunc=None, classes=None, seed=0):
 def sample_grid(G, trunc=None, columns=10, seed=0):
     """Draws a picture [3,H,W]: a row for each class, the same z down each column; without classes 8 rows of z."""
     rows = G.num_classes or 8
-    z = sample_z(columns if G.num_classes else rows * columns, G.z_dim, trunc, seeded(seed))
+    z = sample_z(columns if G.num_classes else rows * columns, G.z_dim, trunc, torch.Generator().manual_seed(seed))
     y = torch.arange(rows).repeat_interleave(columns)
     return tile(render(G, z.repeat(len(y) // len(z), 1), y, trunc), columns)
 
 
 def interpolate(G, trunc=None, classes=None, rows=8, columns=10, seed=0):
     """Draws a picture [3,H,W] whose rows walk from one random z to another, each in a class, of `classes` in turn."""
-    a, b = sample_z(2 * rows, G.z_dim, trunc, seeded(seed)).chunk(2)  # [rows,z_dim] each
+    a, b = sample_z(2 * rows, G.z_dim, trunc, torch.Generator().manual_seed(seed)).chunk(2)  # [rows,z_dim] each
     t = torch.linspace(0, 1, columns)[:, None]
     # Along the arc from a to b: points on the straight line are shorter than any z that G has seen.
     angle = torch.arccos(F.cosine_similarity(a, b).clamp(-1, 1))[:, None, None]
@@ -552,7 +545,7 @@ def load_images(data, size, channels, data_dir="data"):
     if data == "synthetic":
         return draw_flowers(size, channels)
     if data in TORCHVISION:
-        with damage_told(data_dir, f"folder of {data}"):
+        with report_damage(data_dir, f"folder of {data}"):
             items, names = zip(*getattr(torchvision.datasets, TORCHVISION[data])(data_dir, download=True))
     else:
         items, names = open_folder(data)
@@ -697,10 +690,10 @@ class Config:
     epochs: float | None = option(None, "passes over the data (150; synthetic 75)", positive)
     steps: int | None = option(None, "training steps, instead of epochs", positive)
     batch: int = option(64, "images a step, over all processes; at least 2", lambda n: 2 <= n < 1e9)
-    lr_G: float = option(1e-4, "Adam's learning rate of the generator", positive)
+    lr_G: float = option(4e-4, "Adam's learning rate of the generator", positive)
     lr_D: float = option(4e-4, "Adam's learning rate of the discriminator", positive)
     beta1: float = option(0.0, "Adam's first beta, in [0, 1)", share)
-    beta2: float = option(0.999, "Adam's second beta, in [0, 1)", share)
+    beta2: float = option(0.99, "Adam's second beta, in [0, 1)", share)
     d_steps: int = option(1, "discriminator updates a step", positive)
     g_steps: int = option(1, "generator updates a step", positive)
     ema_images: float = option(20_000, "half-life of the averaged weights in images", positive)
@@ -763,8 +756,8 @@ def write_picture(path, picture):
 
 
 @contextlib.contextmanager
-def damage_told(path, what):
-    """Tells any failure to make sense of a file in one sentence; readers of damaged files raise errors of all kinds."""
+def report_damage(path, what):
+    """Reports a failure to make sense of a file in one sentence; readers of damaged files raise errors of all kinds."""
     try:
         yield
     except (UserError, ImportError, MemoryError):
@@ -776,7 +769,7 @@ def damage_told(path, what):
 def read_checkpoint(path, model=GAN):
     """Reads what GAN.save wrote, on the CPU: "config" (a Config), "classes", "steps" and each part's state_dict."""
     data = Path(path).read_bytes()
-    with damage_told(path, "checkpoint of gan.py"):
+    with report_damage(path, "checkpoint of gan.py"):
         if flipped := zipfile.ZipFile(io.BytesIO(data)).testzip():
             raise ValueError(f"{flipped} fails its checksum")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -794,7 +787,7 @@ def load_generator(run, device="cpu", trunc=None, model=GAN):
     """Loads (averaged G in eval mode, with the statistics for trunc and names in G.classes; Config) of a run."""
     path = Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
     content = read_checkpoint(path, model)
-    with damage_told(path, "checkpoint of gan.py"):
+    with report_damage(path, "checkpoint of gan.py"):
         G, _ = model.networks(content["config"], len(content["classes"]))
         G.load_state_dict(content["G_ema"])
     G.classes = content["classes"]
@@ -815,11 +808,10 @@ def find_run(name, runs="runs"):
 
 # ---- Training
 def train(config, resume=None, model=GAN, new_images=False):
-    """Trains a GAN and returns its run's folder, a Path.
+    """Trains a GAN and returns its run's folder, a Path. Ctrl-C, SIGTERM and a closed terminal end the step and save.
 
     resume: a run's folder, to go on from its checkpoint until config.epochs or config.steps; on a CPU the outcome is
     that of a run without the break, bit for bit. new_images: whether the images may differ from those it began with.
-    Ctrl-C, SIGTERM and a closed terminal end the step, save and return.
     """
     # Load the images.
     device, config = join(config.device), resolve(config)
@@ -977,8 +969,7 @@ def pick_dtype(amp, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
 
 
-# ---- Several processes, started by torchrun: each holds the whole GAN and takes its share of every batch. All draw the
-# ---- same random numbers for the whole batch and keep their rows, so a job computes what one process would.
+# ---- Several processes, started by torchrun: each draws the noise of the whole batch and takes its rows of everything
 def n_ranks():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -1034,11 +1025,10 @@ class SyncedBatchNorm(nn.BatchNorm2d):
 
 # ---- Evaluation
 def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", seed=0, data=None, model=GAN):
-    """Scores the averaged generator of a run against its training images at each trunc.
+    """Scores the averaged generator of a run at each trunc; returns what it writes to eval.json; draws grids.
 
-    n: samples, by default as many as images, of the same classes. extractor: see metrics.load_extractor; without
-    Inception's weights, SWD alone is measured. data: where the images lie now. Writes eval-trunc-T.png and eval.json,
-    and returns the latter: {"scores": a dict for each trunc, "notes": lines, ...}.
+    n: samples, by default as many as training images, of the same classes. extractor: see metrics.load_extractor;
+    without Inception's weights, SWD alone is measured. data: where the images lie now.
     """
     import metrics
 
@@ -1049,7 +1039,8 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
     if G.num_classes and names:
         if unknown := [name for name in names if name not in G.classes]:
             raise UserError(f"the run has no class {', '.join(unknown[:3])}; the images must be of its own classes")
-        order = torch.randperm(len(labels), generator=seeded(seed))  # since each split of IS needs all classes
+        shuffled = torch.Generator().manual_seed(seed)  # since each split of IS needs all classes
+        order = torch.randperm(len(labels), generator=shuffled)
         classes = torch.tensor([G.classes.index(name) for name in names])[labels[order]].tolist()
     done = {"data": data or config.data, "n_real": len(images), "seed": seed, "scores": [], "notes": []}
     try:
@@ -1126,10 +1117,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, say(f"{self.prog.split()[0]}: error: {message} (--help lists the flags)", sys.stderr))
 
 
-def count(text):
-    if not 2 <= int(text) <= 10_000_000:
-        raise argparse.ArgumentTypeError(f"{text} is not from 2 to 10,000,000")
-    return int(text)
+def between(low, high):
+    def whole_number(text):
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return int(text)
+
+    return whole_number
 
 
 def truncation(text):
@@ -1151,9 +1145,9 @@ def make_parser(model):
     common = Parser(add_help=False)
     common.add_argument("--run", help="run, by name or path, or checkpoint file (the newest run)")
     common.add_argument("--runs", default="runs", help="folder that holds the runs (runs)")
-    common.add_argument("--n", type=count, help="samples (eval: as many as images; sample: 10 of a class, or 80)")
+    common.add_argument("--n", type=between(2, 10**7), help="samples (as many as images; sample: 10 a class, or 80)")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
-    common.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
+    common.add_argument("--seed", type=between(0, 2**32 - 1), default=0, help="seed of the noise (0)")
 
     p = commands.add_parser("eval", help="score a run", parents=[common], allow_abbrev=False)
     p.set_defaults(command=eval_command)

@@ -142,25 +142,6 @@ def test_impossible_sizes_are_refused(size):
             network(size=size)
 
 
-def test_gradients_reach_every_parameter():
-    G, D = gan.Generator(16, 3, 4, 8, 8, 3), gan.Discriminator(16, 3, 4, 8, 3)
-    y = torch.tensor([0, 1, 2, 0])
-    D(G(torch.randn(4, 8), y), y).square().sum().backward()
-    for net in (G, D):
-        for name, p in net.named_parameters():
-            assert p.grad is not None and p.grad.abs().sum() > 0, name
-
-
-def test_class_changes_the_output():
-    torch.manual_seed(0)
-    G, D = gan.Generator(16, 3, 4, 8, 8, 3).eval(), gan.Discriminator(16, 3, 4, 8, 3).eval()
-    z = torch.randn(1, 8).repeat(2, 1)
-    x = G(z, torch.tensor([0, 1]))
-    assert (x[0] - x[1]).abs().max() > 1e-3
-    logits = D(x[:1].repeat(2, 1, 1, 1), torch.tensor([0, 1]))
-    assert (logits[0] - logits[1]).abs() > 1e-4
-
-
 def true_weight(layer):
     """The weight of a layer, over its exact spectral norm if it is parametrized."""
     if not hasattr(layer, "parametrizations"):
@@ -222,16 +203,6 @@ def settle(net, *inputs):
         net(*inputs)
 
 
-def test_networks_equal_their_textbook_form():
-    torch.manual_seed(0)
-    y = torch.tensor([0, 1, 2, 1])
-    G, z = randomized(gan.Generator(32, 3, 4, 8, 8, 3)), torch.randn(4, 8)
-    assert torch.allclose(G(z, y), textbook_generator(G, z, y), rtol=0, atol=1e-5)
-    D, x = randomized(gan.Discriminator(32, 3, 4, 8, 3)), torch.rand(4, 3, 32, 32) * 2 - 1
-    settle(D, x, y)
-    assert torch.allclose(D(x, y), textbook_discriminator(D, x, y), rtol=0, atol=1e-5)
-
-
 def gradients(net, loss):
     names, parameters = zip(*net.named_parameters())
     return dict(zip(names, torch.autograd.grad(loss, parameters, retain_graph=True)))
@@ -251,6 +222,7 @@ def test_networks_have_the_gradients_and_statistics_of_their_textbook_form(size)
         (D, x, D(x, y), textbook_discriminator(D, x, y)),
     ]
     for net, given, fast, textbook in pairs:
+        assert torch.allclose(fast, textbook, rtol=0, atol=1e-5)
         weights = torch.randn_like(fast)
         ours, theirs = ((out * weights).sum() for out in (fast, textbook))
         ours, theirs = (
@@ -339,20 +311,6 @@ def test_losses_by_hand(name, d, g):
     assert abs(g_loss(FAKE).item() - g) < 1e-6
 
 
-@pytest.mark.parametrize("name", list(gan.LOSSES))
-def test_gradients_live_where_the_networks_are_wrong(name):
-    d_loss, g_loss = gan.LOSSES[name]
-    real, fake = torch.tensor([-50.0], requires_grad=True), torch.tensor([50.0], requires_grad=True)
-    d_loss(real, fake).backward()
-    assert real.grad <= -1 + 1e-6 and fake.grad >= 1 - 1e-6
-    for at in (-50.0, 50.0):
-        fake = torch.tensor([at], requires_grad=True)
-        g_loss(fake).backward()
-        assert torch.isfinite(fake.grad).all()
-        if (name, at) not in (("minimax", -50.0), ("ns", 50.0)):  # minimax saturates where G loses, ns where it wins
-            assert fake.grad.abs() >= 1 - 1e-6
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Truncated noise
 
@@ -368,12 +326,6 @@ def test_truncated_normal(trunc):
     # The whole distribution, bounds included: a pile-up anywhere would be a jump.
     cdf = (torch.erf(z.sort().values / math.sqrt(2)) / mass + 1) / 2
     assert (cdf - torch.linspace(0, 1, len(z), dtype=torch.float64)).abs().max() < 0.005
-
-
-def test_noise_without_trunc_is_normal_and_seeded():
-    draw = lambda: gan.sample_z(1000, 100, generator=torch.Generator().manual_seed(1))  # noqa: E731
-    assert torch.equal(draw(), draw())
-    assert abs(draw().mean()) < 0.01 and abs(draw().std() - 1) < 0.01 and draw().abs().max() > 3.5
 
 
 @pytest.mark.parametrize("trunc", [0, -1.0, float("nan"), float("inf")])
@@ -394,32 +346,8 @@ def test_sampling_takes_statistics_of_its_trunc():
     assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items())  # G itself stays as it was
 
 
-def test_generate():
-    torch.manual_seed(0)
-    G = gan.Generator(16, 1, 4, 8, 8, 3).eval()
-    images = gan.generate(G, 5, trunc=0.7, classes=[2, 1], seed=3)
-    assert images.shape == (5, 1, 16, 16) and images.dtype == torch.uint8
-    assert torch.equal(images, gan.generate(G, 5, 0.7, [2, 1, 2, 1, 2], 3))
-    assert not torch.equal(images, gan.generate(G, 5, 0.7, [0, 1], 3))
-    assert not torch.equal(images, gan.generate(G, 5, 0.7, [2, 1], 4))
-    for classes in ([3], [-1], []):
-        with pytest.raises(gan.UserError):
-            gan.generate(G, 1, classes=classes)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentation
-
-
-@pytest.mark.parametrize("policy", ["", "none", "color", "translation", "cutout", "color,translation,cutout"])
-def test_augmentation_keeps_shape_and_passes_gradients(policy):
-    torch.manual_seed(0)
-    x = torch.rand(4, 3, 16, 16, requires_grad=True)
-    out = gan.diff_augment(x, policy)
-    assert out.shape == x.shape
-    assert torch.equal(out, x) == (policy in ("", "none"))
-    out.sum().backward()
-    assert (x.grad.abs().sum((1, 2, 3)) > 0).all()
 
 
 def test_color_equals_the_formula():
@@ -530,11 +458,6 @@ def test_folder_with_classes_and_junk(folder, tmp_path, capsys):
     assert labels.dtype == torch.int64 and labels.bincount().tolist() == [8, 8, 8]
     means = [images[labels == c].float().mean().item() for c in range(3)]  # pictures and labels belong together
     assert all(abs(mean - expected) < 3 for mean, expected in zip(means, (19.5, 89.5, 159.5)))
-
-
-def test_folder_without_classes(folder):
-    images, labels, classes = gan.load_images(str(folder / "rose 1"), 16, 1)
-    assert images.shape == (8, 1, 16, 16) and labels.tolist() == [0] * 8 and classes == []
 
 
 def test_cache_is_used_and_never_stale(folder, tmp_path, monkeypatch):
@@ -766,7 +689,7 @@ def test_bfloat16_on_the_cpu_stays_near_float32():
     for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16)):
         model = toy(amp=amp)
         stats.append(model.train_step(random_batches(model.config)))
-        with model.autocast():
+        with model.autocast:
             assert model.D.conv(torch.zeros(1, 3, 16, 16)).dtype == dtype
             assert model.D(torch.zeros(1, 3, 16, 16), torch.tensor([0])).dtype == torch.float32
     assert torch.isfinite(stats[1]).all() and (stats[0] - stats[1])[:2].abs().max() < 0.05
@@ -886,10 +809,10 @@ def test_resume_with_other_images(folder, tmp_path, capsys):
     data.rename(tmp_path / "moved")
     gan.main(["train", "--resume", str(run), "--steps", "2", "--data", str(tmp_path / "moved")])
     write_picture(torch.zeros(3, 16, 16, dtype=torch.uint8), tmp_path / "moved" / "rose 1" / "new.png")
-    assert "not what" in fails(capsys, "train", "--resume", run, "--steps", "3")
+    assert "not trained on" in fails(capsys, "train", "--resume", run, "--steps", "3")
     gan.main(["train", "--resume", str(run), "--steps", "3", "--data", str(tmp_path / "moved")])
     (tmp_path / "moved" / "rose 1").rename(tmp_path / "moved" / "tulip")
-    assert "not what" in fails(capsys, "train", "--resume", run, "--steps", "4", "--data", tmp_path / "moved")
+    assert "not trained on" in fails(capsys, "train", "--resume", run, "--steps", "4", "--data", tmp_path / "moved")
     assert len(gan.load_images(str(tmp_path), 16, 3)[0]) == 25  # the pictures in runs/ are no data
 
 
@@ -951,13 +874,6 @@ def test_checkpoints_of_an_older_version(run, tmp_path, capsys):
     torch.save(content | {"rng": torch.get_rng_state(), "rng_cuda": None}, tmp_path / "checkpoint.pt")
     assert torch.equal(gan.generate(gan.load_generator(tmp_path)[0], 3), gan.generate(gan.load_generator(run)[0], 3))
     assert "older version" in fails(capsys, "train", "--resume", tmp_path, "--steps", "9")
-
-
-def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
-    with pytest.raises(OSError, match="x.png"):
-        gan.write_picture(tmp_path / "x.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_names_of_runs(tmp_path, monkeypatch):
@@ -1300,6 +1216,9 @@ def test_generate_is_the_same_for_every_n_and_call(run):
     for trunc in (None, 0.7):
         five, eight = (gan.generate(G, n, trunc, seed=1).int() for n in (5, 8))
         assert (five - eight[:5]).abs().max() <= 1
+    for classes in ([3], [-1], [], ["x"]):
+        with pytest.raises(gan.UserError):
+            gan.generate(G, 1, classes=classes)
     odd = gan.Generator(16, 3, 4, 8, 5)
     assert (gan.generate(odd, 3).int() - gan.generate(odd, 7)[:3].int()).abs().max() <= 1
     z, y = gan.sample_z(1, 8, None, torch.Generator().manual_seed(1)), gan.choose_classes(G, 1, seed=1)
@@ -1730,20 +1649,6 @@ def test_features_are_cached(tmp_path, extractor_file, monkeypatch):
     cached()
     assert len(looks) == 3 and len(list((tmp_path / "cache").iterdir())) == 3
     assert metrics.measure_cached(network, images, file / "no folder").n == 20
-
-
-def test_extractor_takes_no_autocast_and_leaves_settings_alone(extractor_file):
-    network, images, during = metrics.load_extractor(extractor_file), pixels(4, 3, 8, 8), []
-    plain = network(images)[1]
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(network(images)[1], plain)
-    new, cudnn = hasattr(torch.backends.cudnn, "conv"), torch.backends.cudnn
-    backends = cudnn.conv if new else cudnn, torch.backends.cuda.matmul
-    name = "fp32_precision" if new else "allow_tf32"
-    network.network = lambda x: during.extend(getattr(y, name) for y in backends) or x.flatten(1)
-    before = [getattr(y, name) for y in backends]
-    network(images)
-    assert during == ["ieee" if new else False] * 2 and before == [getattr(y, name) for y in backends] != during
 
 
 @pytest.fixture(scope="session")

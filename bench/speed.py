@@ -25,14 +25,15 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gan  # noqa: E402, before torch, for its threads' sake
+import step as step_bench  # noqa: E402, step.py beside this file
+
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import gan  # noqa: E402
-import step as step_bench  # noqa: E402, step.py beside this file
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The textbook networks: gan.py's modules, run as the papers draw them

@@ -14,11 +14,12 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gan  # before torch, for its threads' sake
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import gan
 
 PARTS = ("draw", "update_D", "update_G", "update_average")  # methods of GAN; "data" is the iterator
 
