@@ -634,23 +634,26 @@ def test_both_files_read_images_by_one_text():
 @pytest.mark.parametrize(
     "changes, losses",
     [
-        (dict(loss="hinge"), [[2.27768, -1.41561], [2.45003, -0.31582], [2.07049, -0.55793], [3.42168, -0.7968]]),
+        (dict(loss="hinge"), [[2.27768, -1.41561], [2.45003, -0.31582], [2.07049, -0.55793]]),
         (
             dict(loss="ns", cond=False, size=32, width=16, max_width=512, z_dim=128, batch=16),
-            [[0.97703, 0.34279], [1.65712, 5.88815], [1.0598, 2.11177], [0.88367, 2.59472]],
+            [[0.97703, 0.34279], [1.65712, 5.88815], [1.0598, 2.11177]],
         ),
     ],
 )
 def test_losses_are_those_recorded_before_a_rewrite(changes, losses):
-    config = gan.resolve(
-        gan.Config(**{**TOY, "cond": True, "seed": 3, **changes, "augment": "color,translation,cutout"})
-    )
+    """The recorded version had other rates and initial scales, which are set here."""
+    config = gan.Config(**{**TOY, "cond": True, "seed": 3, "augment": "color,translation,cutout", **changes})
+    config = gan.resolve(replace(config, lr_G=1e-4, lr_D=4e-4, beta2=0.999))
     images, labels, classes = gan.load_images("synthetic", config.size, 3)
     model = gan.GAN(config, len(classes) if config.cond else 0)
+    with torch.no_grad():
+        for name, p in [*model.D.named_parameters(), *model.G.named_parameters()]:
+            p *= 1 / 0.3 if "original" in name else 0.1 if config.cond and "gain_bias.weight" in name else 1
     data = gan.batches(images, labels, config, CPU)
     ours = torch.stack([model.train_step(data)[:2] for _ in losses])
-    assert torch.allclose(ours[:2], torch.tensor(losses[:2]), rtol=0, atol=1e-3)
-    assert torch.allclose(ours, torch.tensor(losses), rtol=0, atol=2e-2)  # rounding grows, and differs by processor
+    assert torch.allclose(ours[:1], torch.tensor(losses[:1]), rtol=0, atol=1e-4)
+    assert torch.allclose(ours, torch.tensor(losses), rtol=0, atol=1e-2)  # rounding grows, and differs by processor
 
 
 def test_average_moves_parameters_and_copies_buffers():

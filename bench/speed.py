@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """gan.py's training step and sampling beside a textbook loop of the very same networks.
 
-    python bench/speed.py                     # all that this machine can do, some fifteen minutes on two cores
+    python bench/speed.py                     # all that this machine can do, some twenty minutes on two cores
     python bench/speed.py train64 memory      # some of it
     python bench/speed.py profile             # where the time of a step goes
 
 The textbook: nearest upsampling, then a convolution; a convolution, then average pooling; NCHW; D looks at real and
-fake in two passes, and takes gradients of its own in G's step; samples of its own for each network; Adam as it comes,
+fake in two passes, and takes gradients of its own in G's step; new samples for each network; Adam as it comes;
 averaged weights in a Python loop; .item() at every step; float32.
 
 The loops take turns, step by step, and times are medians: in one process, where both profit from the memory that
@@ -15,30 +15,28 @@ textbook's as a script would.
 """
 
 import argparse
-import collections
 import copy
-import platform
-import re
+import os
 import statistics
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import gan  # noqa: E402, before torch, for its threads' sake
-import step as step_bench  # noqa: E402, step.py beside this file
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
+
+ENVIRONMENT = dict(os.environ)  # a script's; importing gan adds how threads wait, of use to processes started later
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from step import peak_memory, processor, timed  # step.py beside this file
+
+import gan
+
+DEVICE = gan.join("auto")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The textbook networks: gan.py's modules, run as the papers draw them
-
-
+# ---- The textbook networks: gan.py's modules, run as the papers draw them
 class TextbookNorm(gan.AdaptiveBatchNorm):
     def forward(self, h, e):
         gain, bias = self.gain_bias(e).chunk(2, dim=1)
@@ -69,13 +67,11 @@ class TextbookGenerator(gan.Generator):
 
 
 class TextbookDiscriminator(gan.Discriminator):
-    def forward(self, x, y=None):
+    def features(self, x):
         h = self.conv(x)
         for block in self.blocks:
             h = block(h)
-        phi = F.relu(h).sum(dim=(2, 3))
-        logits = self.linear(phi).squeeze(1)
-        return logits + (phi * self.embed(y)).sum(dim=1) if self.num_classes else logits
+        return F.relu(h).sum(dim=(2, 3))
 
 
 class TextbookSpectralNorm(gan.SpectralNorm):
@@ -95,19 +91,18 @@ TEXTBOOK = {
 
 
 def textbook(net):
-    """A copy of G or D with the same weights and statistics, in the textbook's form and NCHW."""
+    """Copies G or D, with its weights and statistics, in the textbook's form and NCHW."""
     net = copy.deepcopy(net)
     for m in net.modules():
         if isinstance(m, torch.nn.Conv2d) and parametrize.is_parametrized(m):
             norm = m.parametrizations.weight[0]
-            norm.v = norm.v.view(*m.kernel_size, -1).movedim(2, 0).flatten()  # from channels_last
-    for m in net.modules():
+            norm.v = norm.v.view(*m.kernel_size, -1).movedim(2, 0).flatten()  # from the order of channels_last
         m.__class__ = TEXTBOOK.get(type(m), type(m))
     return net.to(memory_format=torch.contiguous_format)
 
 
 def textbook_of(model):
-    """A copy of a GAN in textbook form: its networks, and Adam as a loop over parameters."""
+    """Copies a GAN in textbook form: its networks, and Adam as a loop over parameters."""
     other = copy.copy(model)
     other.G, other.D, other.G_ema = (textbook(net) for net in (model.G, model.D, model.G_ema))
     for name, net in (("opt_G", other.G), ("opt_D", other.D)):
@@ -117,7 +112,7 @@ def textbook_of(model):
 
 
 def textbook_step(model, data):
-    """One iteration as it is usually written. Returns the two losses as numbers."""
+    """Takes one step as it is usually written. Returns both losses as numbers."""
     c, G, D = model.config, model.G, model.D
     d_loss, g_loss = gan.LOSSES[c.loss]
     real, y = next(data)
@@ -134,7 +129,6 @@ def textbook_step(model, data):
     loss_G.backward()
     model.opt_G.step()
 
-    model.steps += 1
     with torch.no_grad():
         for average, p in zip(model.G_ema.parameters(), G.parameters()):
             average.mul_(0.999).add_(p, alpha=0.001)
@@ -143,65 +137,69 @@ def textbook_step(model, data):
     return loss_D.item(), loss_G.item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
-def make_gan(size, batch, amp="off"):
-    """(a GAN of the default width, a stream of data for it): conditional, hinge, on the GPU if there is one."""
-    config = gan.Config(loss="hinge", cond=True, size=size, batch=batch, amp=amp, augment="color,translation,cutout")
+# ---- Measuring
+def make_gan(size, batch, amp="off", compile=False):
+    """Makes a conditional hinge GAN of the default width, on the GPU if there is one, and data for it."""
+    config = gan.Config(loss="hinge", cond=True, size=size, batch=batch, amp=amp, compile=compile,
+                        augment="color,translation,cutout")  # fmt: skip
     device, config = gan.join(config.device), gan.resolve(config)
     images, labels, classes = gan.load_images("synthetic", config.size, config.channels)
     return gan.GAN(config, len(classes), device), gan.batches(images, labels, config, device)
 
 
 def in_turns(turns, works, warm_up=5):
-    """The median seconds of each work; they take turns."""
-    seconds = [[] for _ in works]
-    for turn in range(warm_up + turns):
-        for work, taken in zip(works, seconds):
-            started = time.perf_counter()
-            work()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn >= warm_up:
-                taken.append(time.perf_counter() - started)
-    return [statistics.median(taken) for taken in seconds]
+    """Returns the median seconds of each work, a dict as works; they take turns."""
+    seconds = {name: [] for name in works}
+    for _ in range(warm_up + turns):
+        for name, work in works.items():
+            seconds[name].append(timed(DEVICE, work)[0])
+    return {name: statistics.median(taken[warm_up:]) for name, taken in seconds.items()}
 
 
-def row(work, ours, textbook, ratio):
-    print(f"| {work} | {ours} | {textbook} | {ratio} |", flush=True)
+def row(work, ours, textbook, unit, ratio):
+    print(f"| {work} | {ours:.1f} {unit} | {textbook:.1f} {unit} | {ratio:.2f}x |", flush=True)
 
 
-def training(size, batch, amp="off", turns=9):
-    work = f"training, {size} px, batch {batch}, {'bfloat16 against float32' if amp == 'bf16' else 'float32'}"
-    model, data = make_gan(size, batch, amp)
-    other = textbook_of(model)
-    slow, fast = in_turns(turns, [lambda: textbook_step(other, data), lambda: model.train_step(data)])
-    row(f"{work}, one process", f"{batch / fast:.1f} images/s", f"{batch / slow:.1f} images/s", f"{slow / fast:.2f}x")
-    loops = [Loop("textbook", size, batch), Loop("gan.py train", size, batch, amp)]
-    slow, fast = in_turns(turns, [loop.step for loop in loops])
-    for loop in loops:
+def rate_rows(work, images, seconds):
+    """Prints a row for each loop in seconds, a dict, beside that of the textbook."""
+    slow = seconds.pop("textbook")
+    for name, fast in seconds.items():
+        row(f"{work}, {name}", images / fast, images / slow, "images/s", slow / fast)
+
+
+def training(size, batch, turns=9):
+    """Compares float32 and bfloat16 with the textbook in float32, in one process and as started."""
+    work = f"training, {size} px, batch {batch}"
+    names = {"off": "float32", "bf16": "bfloat16 against float32"}
+    models = {amp: make_gan(size, batch, amp)[0] for amp in names}
+    other, data = textbook_of(models["off"]), make_gan(size, batch)[1]
+    steps = {f"{names[amp]}, one process": partial(model.train_step, data) for amp, model in models.items()}
+    rate_rows(work, batch, in_turns(turns, {"textbook": partial(textbook_step, other, data), **steps}))
+
+    loops = {"textbook": Loop("textbook", size, batch)}
+    default = {torch.bfloat16: "bf16", torch.float32: "off"}.get(gan.pick_dtype("auto", DEVICE))
+    for amp, name in names.items():
+        how = "gan.py train as it comes" if amp == default else f"gan.py train --amp {amp}"
+        loops[f"{name}, as started: {how}"] = Loop("gan.py train", size, batch, "auto" if amp == default else amp)
+    rate_rows(work, batch, in_turns(turns, {name: loop.step for name, loop in loops.items()}))
+    for loop in loops.values():
         loop.end()
-    row(f"{work}, as started", f"{batch / fast:.1f} images/s", f"{batch / slow:.1f} images/s", f"{slow / fast:.2f}x")
 
 
 class Loop:
-    """A training loop in a process of its own, which goes on by a step when asked to."""
+    """A training loop in a process of its own, which takes a step when it is told to."""
 
     def __init__(self, which, size, batch, amp="off", age=0):
         argv = [sys.executable, __file__, "--loop", which, str(size), str(batch), amp, str(age)]
-        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = ENVIRONMENT if which == "textbook" else None
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def step(self):
         print(file=self.process.stdin, flush=True)
         self.answer()
 
     def answer(self):
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit("a loop has ended early")
-        return line
+        return self.process.stdout.readline() or sys.exit("a loop has ended early")
 
     def end(self):
         """Ends the process; returns the MiB that its steps added to its largest use, or on a GPU to the device's."""
@@ -212,110 +210,70 @@ class Loop:
 
 
 def loop(which, size, batch, amp, age):
-    """What a Loop's process does: age steps, then one for each line on stdin."""
+    """Does what a Loop's process does: age steps, then one for each line on stdin."""
     if which == "gan.py train":
         gan.hold_memory()
     model, data = make_gan(int(size), int(batch), amp)
-    if which == "textbook":
-        model = textbook_of(model)
-    before = step_bench.peak_memory(model.device)
-
-    def step():
-        textbook_step(model, data) if which == "textbook" else model.train_step(data).tolist()
-
+    step = partial(textbook_step, textbook_of(model)) if which == "textbook" else model.train_step
+    before = peak_memory(DEVICE) or 0
     for _ in range(int(age)):
-        step()
+        step(data)
     for _ in sys.stdin:
-        step()
+        timed(DEVICE, step, data)
         print("done", flush=True)
-    print((step_bench.peak_memory(model.device) - before) // 2**20)
+    print(max(1, ((peak_memory(DEVICE) or 0) - before) // 2**20))
 
 
 def sampling(n=640):
     G = make_gan(64, 64)[0].G_ema
-    other = textbook(G)
-    works = [lambda: gan.generate(other, n), lambda: gan.generate(G, n)]
-    slow, fast = in_turns(3, works, warm_up=1)
-    row(
-        f"gan.generate, {n} samples, 64 px, batch 64",
-        f"{n / fast:.1f} images/s",
-        f"{n / slow:.1f} images/s",
-        f"{slow / fast:.2f}x",
-    )
+    works = {"textbook": partial(gan.generate, textbook(G), n), "64 px, batch 64": partial(gan.generate, G, n)}
+    rate_rows(f"gan.generate, {n} samples", n, in_turns(3, works, warm_up=1))
 
 
 def memory(size=64, batch=32):
-    """gan.py's loop as the train command runs it, and as a program does that has only copied it."""
-    loops = {which: Loop(which, size, batch, age=8) for which in ("gan.py train", "gan.py", "textbook")}
-    peaks = {which: loop.end() for which, loop in loops.items()}
-    theirs = peaks.pop("textbook")
-    for which, ours in peaks.items():
-        work = f"memory that steps take, {size} px, batch {batch}, {which}"
-        row(work, f"{ours} MiB", f"{theirs} MiB", f"{theirs / ours:.2f}x")
+    """Compares gan.py's loop as the train command runs it, and in a program that holds no memory, with the textbook."""
+    theirs = Loop("textbook", size, batch, age=8).end()
+    for name, amp in (("gan.py train", "off"), ("gan.py train", "auto"), ("gan.py imported", "off")):
+        ours, how = Loop(name, size, batch, amp, age=8).end(), "as it comes" if amp == "auto" else "float32"
+        row(f"memory that steps take, {size} px, batch {batch}, {name}, {how}", ours, theirs, "MiB", theirs / ours)
 
 
 def aging(young=200, old=2000):
-    loops = [Loop("gan.py train", 32, 16, age=age) for age in (young, old)]
-    for loop in loops:
-        loop.step()  # it has reached its age
-    first, second = (1000 * seconds for seconds in in_turns(100, [loop.step for loop in loops]))
-    for loop in loops:
+    loops = {age: Loop("gan.py train", 32, 16, age=age) for age in (young, old)}
+    s = in_turns(100, {age: loop.step for age, loop in loops.items()})  # the first, to warm up, waits for their age
+    for loop in loops.values():
         loop.end()
-    print(
-        f"a step, 32 px, batch 16: {second:.1f} ms after {old:,}, {first:.1f} after {young}: {second / first:.3f}",
-        flush=True,
-    )
-
-
-class Stopwatch(TorchDispatchMode):
-    """Sums the seconds of each operator, by its name."""
-
-    def __init__(self):
-        super().__init__()
-        self.seconds = collections.Counter()
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        started = time.perf_counter()
-        result = operator(*args, **(kwargs or {}))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[operator.name().removeprefix("aten::")] += time.perf_counter() - started
-        return result
+    print(f"a step, 32 px, batch 16: {1000 * s[old]:.1f} ms after {old:,}, {1000 * s[young]:.1f} after "
+          f"{young}: {s[old] / s[young]:.3f}", flush=True)  # fmt: skip
 
 
 def profile(size=64, batch=32, steps=5):
-    """The largest costs of a step, of both loops."""
+    """Prints the largest costs of a step, of both loops, by operator."""
     model, data = make_gan(size, batch)
-    other = textbook_of(model)
-    for name, work in (
-        ("textbook", lambda: textbook_step(other, data)),
-        ("gan.py", lambda: model.train_step(data)),
-    ):
-        in_turns(1, [work])
-        with Stopwatch() as watch:
+    loops = {"textbook": partial(textbook_step, textbook_of(model), data), "gan.py": partial(model.train_step, data)}
+    for name, step in loops.items():
+        step()
+        with torch.profiler.profile() as profiler:
             for _ in range(steps):
-                work()
-        total = sum(watch.seconds.values())
-        costs = ", ".join(f"{operator} {taken / total:.0%}" for operator, taken in watch.seconds.most_common(6))
-        print(f"{name}: {total / steps:.2f} s a step; {costs}", flush=True)
+                timed(DEVICE, step)
+        kind = f"self_{'device' if DEVICE.type == 'cuda' else 'cpu'}_time_total"
+        costs = sorted(((getattr(event, kind), event.key) for event in profiler.key_averages()), reverse=True)
+        total = sum(microseconds for microseconds, _ in costs)
+        shares = ", ".join(f"{key.removeprefix('aten::')} {us / total:.0%}" for us, key in costs[:6])
+        print(f"{name}: {total / steps / 1e6:.2f} s a step; {shares}", flush=True)
 
 
 def compiling():
-    batch = 64 if torch.cuda.is_available() else 32
-    model, data = make_gan(64, batch, "bf16")
-    fast, _ = make_gan(64, batch, "bf16")
-    fast.G.compile(), fast.D.compile()
-    eager, quick = in_turns(9, [lambda: model.train_step(data), lambda: fast.train_step(data)])
-    work, times = f"a step, 64 px, batch {batch}, bfloat16", f"{1000 * quick:.1f} ms, {1000 * eager:.1f} without"
-    print(f"{work}, with --compile: {times}: {eager / quick:.2f}x", flush=True)
+    batch = 64 if DEVICE.type == "cuda" else 32
+    models = {compile: make_gan(64, batch, "bf16", compile) for compile in (False, True)}
+    s = in_turns(9, {compile: partial(model.train_step, data) for compile, (model, data) in models.items()})
+    print(f"a step, 64 px, batch {batch}, bfloat16, with --compile: {1000 * s[True]:.1f} ms, "
+          f"{1000 * s[False]:.1f} without: {s[False] / s[True]:.2f}x", flush=True)  # fmt: skip
 
 
 WORKS = {
-    "train64": lambda: training(64, 32),
-    "train64-bf16": lambda: training(64, 32, "bf16"),
-    "train32": lambda: training(32, 64, turns=25),
-    "train32-bf16": lambda: training(32, 64, "bf16", turns=25),
-    "cuda": lambda: training(64, 64, "bf16", turns=50),
+    "train64": partial(training, 64, 64, turns=50) if DEVICE.type == "cuda" else partial(training, 64, 32),
+    "train32": partial(training, 32, 64, turns=25),
     "sampling": sampling,
     "memory": memory,
     "aging": aging,
@@ -332,14 +290,9 @@ def main():
     if args.loop:
         return loop(*args.loop)
     gan.hold_memory()  # as the train command does; it serves both
-    if "cuda" in args.works and not torch.cuda.is_available():
-        parser.error("no GPU here")
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    print(f"{model[1] if model else platform.processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-          f"{torch.cuda.device_count()} GPUs\n")  # fmt: skip
-    print("| work | gan.py | textbook | ratio |\n| --- | ---: | ---: | ---: |")
-    here = [name for name in WORKS if name != "cuda" or torch.cuda.is_available()]
-    for name in here if "all" in args.works else args.works:
+    print(f"{processor(DEVICE)}, torch {torch.__version__}\n\n| work | gan.py | textbook | ratio |")
+    print("| --- | ---: | ---: | ---: |", flush=True)
+    for name in WORKS if "all" in args.works else args.works:
         WORKS[name]()
 
 
