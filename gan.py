@@ -296,7 +296,7 @@ class GAN:
             raise UserError(f"{path} was not trained on {self.config.data} as it is; --data can give other images")
         with report_damage(path, "checkpoint to go on from"):
             for name in self.PARTS:
-                if content[name]:  # a scaler that did nothing has no state
+                if name != "scaler" or content[name]:  # one that did nothing has no state
                     getattr(self, name).load_state_dict(content[name])
             self.steps = content["steps"]
         self.opt_G.param_groups[0]["lr"], self.opt_D.param_groups[0]["lr"] = self.config.lr_G, self.config.lr_D
@@ -611,12 +611,12 @@ def list_files(folder):
     """Lists the visible files below a folder, relative to it; follows links, but enters each real folder once."""
     files, entered, waiting = [], set(), [Path(folder)]
     while waiting:
-        parent = waiting.pop()
+        parent = waiting.pop(0)  # the nearest first, so that a link inside one class does not claim another's folder
         if parent.resolve() in entered:
             continue
         entered.add(parent.resolve())
         visible = [path for path in parent.iterdir() if not path.name.startswith(".")]
-        waiting += sorted((path for path in visible if path.is_dir()), reverse=True)
+        waiting += sorted(path for path in visible if path.is_dir())
         files += [path.relative_to(folder) for path in visible if path.is_file()]
     return sorted(files, key=str)
 
@@ -986,7 +986,7 @@ def join(name):
         device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if launched and name == "cuda" else name)
         torch.zeros(1, device=device).item()
     except Exception as error:  # of many kinds, by what torch was built with
-        raise UserError(f"no device {name!r} here: {error}")
+        raise UserError(f"no device {name!r} here: {str(error)[:100]}")
     if launched and not dist.is_initialized():  # hours, since the others wait while one decodes the images
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=6))
     return device
@@ -1173,7 +1173,7 @@ def main(argv=None, model=GAN):
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
-        message = str(error).partition("\n")[0][:180]
+        message = str(error).partition("\n")[0]
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in message:
             message = "out of memory; try a smaller --batch, --width, --size or --n"
         elif not isinstance(error, (OSError, ImportError)) and type(error).__name__ != "UserError":  # ours or metrics'

@@ -484,7 +484,7 @@ def as_images(x, name="images"):
 
 
 def measure_cached(extractor, images, folder, progress=None):
-    """The Summary of uint8 images [N,C,H,W], without predictions; caches features in the folder under a hash of both."""
+    """The Summary of uint8 images [N,C,H,W], without predictions; keeps features in the folder under a hash of both."""
     images = as_images(images)
     content = hashlib.sha256(images.contiguous().numpy()).hexdigest()
     key = hashlib.sha256(os.fsencode(f"{list(images.shape)} {content} {extractor.made_by}")).hexdigest()[:32]
@@ -507,10 +507,10 @@ def measure_cached(extractor, images, folder, progress=None):
 def load_extractor(spec, device="cpu", resize=None, dtype="float32"):
     """The Extractor that spec names.
 
-    "inception": Inception v3 with torchvision's ImageNet weights, from torchvision's cache or downloaded. A .pt2 file: a
+    "inception": Inception v3 with torchvision's ImageNet weights, from its cache or downloaded. A .pt2 file: a
     torch.export program, images [N,3,H,W] in [0,1] and in their own size -> features or (features, logits), exported in
     eval mode. Another path: a state_dict of Inception v3, torchvision's (fc.weight of 1,000 rows) or the TensorFlow
-    network's (1,008 rows); a name like net-0cc3c7bd.pth promises the SHA-256. resize: one of RESIZES, by default tf1 for
+    network's (1,008 rows); a name like net-0cc3c7bd.pth promises its SHA-256. resize: of RESIZES, by default tf1 for
     the TensorFlow network, else bilinear. dtype: float32 or bfloat16, which moves Inception's features by about 0.4%.
     Raises WeightsMissing if "inception" cannot be had.
     """
@@ -690,12 +690,12 @@ def list_files(folder):
     """Lists the visible files below a folder, relative to it; follows links, but enters each real folder once."""
     files, entered, waiting = [], set(), [Path(folder)]
     while waiting:
-        parent = waiting.pop()
+        parent = waiting.pop(0)  # the nearest first, so that a link inside one class does not claim another's folder
         if parent.resolve() in entered:
             continue
         entered.add(parent.resolve())
         visible = [path for path in parent.iterdir() if not path.name.startswith(".")]
-        waiting += sorted((path for path in visible if path.is_dir()), reverse=True)
+        waiting += sorted(path for path in visible if path.is_dir())
         files += [path.relative_to(folder) for path in visible if path.is_file()]
     return sorted(files, key=str)
 

@@ -10,17 +10,14 @@ import json
 import math
 import os
 import pickle
-import platform
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tokenize
 import urllib.error
 import weakref
 import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,8 +43,7 @@ TOY_FLAGS = "--size 16 --width 4 --max-width 8 --z-dim 8 --batch 8 --device cpu 
 def caches(tmp_path_factory):
     """The user's caches stay untouched."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+        yield patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +55,7 @@ def folder(tmp_path_factory):
         (root / name).mkdir()
         for i in range(8):
             noise = torch.randint(0, 40, (3, 20, 18), generator=generator)
-            write_picture((noise + 70 * c).to(torch.uint8), root / name / f"{i}.png")
+            to_pil_image((noise + 70 * c).to(torch.uint8)).save(root / name / f"{i}.png")
     return root
 
 
@@ -74,28 +70,36 @@ def run(tmp_path_factory, folder):
 def extractor_file(tmp_path_factory):
     """A .pt2 program: 4 x 4 pixels as features, fixed projections of them as logits."""
 
-    class Tiny(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("weight", torch.randn(48, 5, generator=torch.Generator().manual_seed(0)))
-
+    class Tiny(torch.nn.Linear):
         def forward(self, x):
             features = F.interpolate(x, size=(4, 4), mode="bilinear", antialias=False).flatten(1)
-            return features, features @ self.weight
+            return features, super().forward(features)
 
+    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("extractor") / "tiny.pt2"
     dims = {0: torch.export.Dim("n"), 2: torch.export.Dim("h", min=4), 3: torch.export.Dim("w", min=4)}
-    torch.export.save(torch.export.export(Tiny(), (torch.rand(3, 3, 16, 24),), dynamic_shapes=(dims,)), path)
+    tiny = Tiny(48, 5, bias=False).requires_grad_(False)
+    torch.nn.init.normal_(tiny.weight)
+    torch.export.save(torch.export.export(tiny, (torch.rand(3, 3, 16, 24),), dynamic_shapes=(dims,)), path)
     return path
 
 
-def write_picture(image, path):
-    to_pil_image(image).save(path)
+def logged(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def losses_of(run):
+    return torch.tensor([[row["loss_D"], row["loss_G"]] for row in logged(run)])
 
 
 def toy(**changes):
     """A conditional toy GAN of three classes."""
     return gan.GAN(gan.resolve(gan.Config(**{**TOY, "augment": "none", "cond": True, **changes})), 3)
+
+
+def raising(error):
+    """A function that raises the error, whatever it is called with."""
+    return lambda *args, **options: (_ for _ in ()).throw(error)
 
 
 def random_batches(config, n=16):
@@ -109,15 +113,11 @@ def fails(capsys, *argv, model=gan.GAN):
     with pytest.raises(SystemExit) as exit:
         gan.main([str(word) for word in argv], model)
     err = capsys.readouterr().err
-    assert exit.value.code == 2, err
-    assert err.count("\n") == 1 and ": error: " in err, err
+    assert exit.value.code == 2 and err.count("\n") == 1 and ": error: " in err, err
     return err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-
-
+# ---- Networks
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("num_classes", [0, 3])
@@ -127,19 +127,9 @@ def test_shapes_and_ranges(size, channels, num_classes):
     assert x.shape == (2, channels, size, size) and x.dtype == torch.float32 and x.abs().max() <= 1
     logits = gan.Discriminator(size, channels, 4, 16, num_classes)(x, y)
     assert logits.shape == (2,) and logits.dtype == torch.float32
-
-
-@pytest.mark.parametrize("num_classes, G_millions, D_millions", [(0, 3.95, 4.88), (17, 5.37, 4.89)])
-def test_parameter_counts(num_classes, G_millions, D_millions):
-    assert round(sum(p.numel() for p in gan.Generator(num_classes=num_classes).parameters()) / 1e6, 2) == G_millions
-    assert round(sum(p.numel() for p in gan.Discriminator(num_classes=num_classes).parameters()) / 1e6, 2) == D_millions
-
-
-@pytest.mark.parametrize("size", [0, 8, 48, 1024])
-def test_impossible_sizes_are_refused(size):
     for network in (gan.Generator, gan.Discriminator):
         with pytest.raises(gan.UserError):
-            network(size=size)
+            network(size=size - 8)
 
 
 def true_weight(layer):
@@ -190,32 +180,17 @@ def textbook_discriminator(D, x, y):
     return (phi @ true_weight(D.linear).T + D.linear.bias)[:, 0] + (phi * true_weight(D.embed)[y]).sum(1)
 
 
-def randomized(net):
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return net
-
-
-def settle(net, *inputs):
-    """Forward passes until the power iterations have found the norms."""
-    for _ in range(300):
-        net(*inputs)
-
-
-def gradients(net, loss):
-    names, parameters = zip(*net.named_parameters())
-    return dict(zip(names, torch.autograd.grad(loss, parameters, retain_graph=True)))
-
-
 @pytest.mark.parametrize("size", [16, 32])
-def test_networks_have_the_gradients_and_statistics_of_their_textbook_form(size):
+def test_networks_equal_their_textbook_form_in_outputs_gradients_and_statistics(size):
     torch.manual_seed(0)
     y = torch.tensor([0, 1, 2, 1])
-    G, z = randomized(gan.Generator(size, 3, 4, 8, 8, 3)), torch.randn(4, 8, requires_grad=True)
-    D, x = randomized(gan.Discriminator(size, 3, 4, 8, 3)), (torch.rand(4, 3, size, size) * 2 - 1).requires_grad_()
-    settle(D, x, y)
-    D.eval()  # the power iterations rest
+    G, z = gan.Generator(size, 3, 4, 8, 8, 3), torch.randn(4, 8, requires_grad=True)
+    D, x = gan.Discriminator(size, 3, 4, 8, 3), (torch.rand(4, 3, size, size) * 2 - 1).requires_grad_()
+    for p in (*G.parameters(), *D.parameters()):  # biases and gains that are not zero
+        p.data += 0.1 * torch.randn_like(p)
+    for _ in range(300):  # until the power iterations have found the norms
+        D(x, y)
+    D.eval()  # they rest
     statistics = []
     pairs = [
         (G, z, G(z, y), textbook_generator(G, z, y, statistics)),
@@ -223,15 +198,11 @@ def test_networks_have_the_gradients_and_statistics_of_their_textbook_form(size)
     ]
     for net, given, fast, textbook in pairs:
         assert torch.allclose(fast, textbook, rtol=0, atol=1e-5)
-        weights = torch.randn_like(fast)
-        ours, theirs = ((out * weights).sum() for out in (fast, textbook))
-        ours, theirs = (
-            gradients(net, loss) | {"input": torch.autograd.grad(loss, given)[0]} for loss in (ours, theirs)
-        )
-        assert ours.keys() == theirs.keys()
-        largest = max(g.abs().max() for g in theirs.values())
-        for name in ours:
-            assert torch.allclose(ours[name] / largest, theirs[name] / largest, rtol=0, atol=1e-5), name
+        weights, (names, parameters) = torch.randn_like(fast), zip(*net.named_parameters())
+        ours, theirs = (torch.autograd.grad((out * weights).sum(), [*parameters, given]) for out in (fast, textbook))
+        largest = max(g.abs().max() for g in theirs)
+        for name, a, b in zip([*names, "input"], ours, theirs, strict=True):
+            assert torch.allclose(a / largest, b / largest, rtol=0, atol=1e-5), name
     for block, (norm, mean, var) in zip([b for b in G.blocks for _ in range(2)], statistics):
         # The first norm of a block sees each pixel once, the textbook's four times: the same mean and variance, but the
         # running variance is that of a sample, and the samples are of different numbers.
@@ -240,34 +211,7 @@ def test_networks_have_the_gradients_and_statistics_of_their_textbook_form(size)
         assert torch.allclose(norm.running_var, 0.9 + 0.1 * var * n / (n - 1), rtol=0, atol=1e-5)
 
 
-def test_box_and_pool_are_averages():
-    """What the CPU and CUDA run."""
-
-    def same(ours, theirs):
-        weights = torch.randn_like(theirs)
-        gradients = [torch.autograd.grad((out * weights).sum(), x)[0] for out in (ours, theirs)]
-        assert torch.allclose(ours, theirs, rtol=0, atol=1e-6) and torch.allclose(*gradients, rtol=0, atol=1e-6)
-
-    x = torch.randn(2, 3, 6, 8, requires_grad=True)
-    for divisor, padding in ((4, 1), (1, 0)):
-        pooled = F.avg_pool2d(x, 2, stride=1, padding=padding, divisor_override=divisor)
-        same(gan.Box.apply(x, divisor, padding), pooled)
-    same(gan.pool(x), F.avg_pool2d(x, 2))
-
-
-def test_spectral_norm_gives_unit_norm_and_holds_still_in_eval_mode():
-    torch.manual_seed(0)
-    D = randomized(gan.Discriminator(16, 3, 4, 8, 3))
-    inputs = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
-    settle(D, *inputs)
-    for layer in (m for m in D.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.Embedding))):
-        assert abs(torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() - 1) < 1e-3
-    before = {k: v.clone() for k, v in D.eval().state_dict().items()}
-    D(*inputs)
-    assert all(torch.equal(v, before[k]) for k, v in D.state_dict().items())
-
-
-def test_spectral_norm_is_float32_under_autocast():
+def test_spectral_norm_is_float32_under_autocast_and_rests_in_eval_mode():
     seen = []
 
     class Watched(gan.SpectralNorm):
@@ -278,46 +222,43 @@ def test_spectral_norm_is_float32_under_autocast():
     layer = torch.nn.Linear(64, 64)
     torch.nn.utils.parametrize.register_parametrization(layer, "weight", Watched(layer.weight))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer.weight.dtype == torch.float32
-    assert len(seen) > 15 and not any(seen)
+        seen.clear()
+        assert layer.weight.dtype == torch.float32 and seen == [False]
+        assert layer.eval().weight.dtype == torch.float32 and seen == [False]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
-
-
+# ---- Losses
 REAL, FAKE = torch.tensor([2.0, -1.0]), torch.tensor([0.5, -3.0])
 
 
-def log_sigmoid(x):
-    return -math.log(1 + math.exp(-x))
+log_sigmoid = lambda x: -math.log(1 + math.exp(-x))  # noqa: E731
+D_BCE = -(log_sigmoid(2) + log_sigmoid(-1)) / 2 - (log_sigmoid(-0.5) + log_sigmoid(3)) / 2
+BY_HAND = {  # name: (loss of D, loss of G)
+    "hinge": ((0 + 2) / 2 + (1.5 + 0) / 2, -(0.5 - 3) / 2),
+    "wgan": ((0.5 - 3) / 2 - (2 - 1) / 2, -(0.5 - 3) / 2),
+    "lsgan": ((1 + 4) / 4 + (0.25 + 9) / 4, (0.25 + 16) / 4),
+    "ns": (D_BCE, -(log_sigmoid(0.5) + log_sigmoid(-3)) / 2),
+    "minimax": (D_BCE, (log_sigmoid(-0.5) + log_sigmoid(3)) / 2),
+    "rpgan": (-(log_sigmoid(2 - 0.5) + log_sigmoid(-1 + 3)) / 2, -(log_sigmoid(0.5) + log_sigmoid(-3)) / 2),
+}
 
 
-@pytest.mark.parametrize(
-    "name, d, g",
-    [
-        ("hinge", (0 + 2) / 2 + (1.5 + 0) / 2, -(0.5 - 3) / 2),
-        ("wgan", (0.5 - 3) / 2 - (2 - 1) / 2, -(0.5 - 3) / 2),
-        ("lsgan", (1 + 4) / 4 + (0.25 + 9) / 4, (0.25 + 16) / 4),
-        ("ns", -(log_sigmoid(2) + log_sigmoid(-1)) / 2 - (log_sigmoid(-0.5) + log_sigmoid(3)) / 2,
-         -(log_sigmoid(0.5) + log_sigmoid(-3)) / 2),
-        ("minimax", -(log_sigmoid(2) + log_sigmoid(-1)) / 2 - (log_sigmoid(-0.5) + log_sigmoid(3)) / 2,
-         (log_sigmoid(-0.5) + log_sigmoid(3)) / 2),
-    ],
-)  # fmt: skip
-def test_losses_by_hand(name, d, g):
+@pytest.mark.parametrize("name", list(gan.LOSSES))
+def test_losses_by_hand(name):
     d_loss, g_loss = gan.LOSSES[name]
-    assert abs(d_loss(REAL, FAKE).item() - d) < 1e-6
-    assert abs(g_loss(FAKE).item() - g) < 1e-6
+    assert abs(d_loss(REAL, FAKE).item() - BY_HAND[name][0]) < 1e-6
+    assert abs(g_loss(FAKE).item() - BY_HAND[name][1]) < 1e-6
+    for at in (-200.0, 200.0):  # where exp overflows
+        logit = torch.tensor([at], requires_grad=True)
+        (d_loss(logit, -logit.detach()) + d_loss(-logit.detach(), logit) + g_loss(logit)).backward()
+        assert logit.grad.isfinite().all() and logit.grad.abs() <= 1000
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Truncated noise
-
-
-@pytest.mark.parametrize("trunc", [0.1, 0.7, 2.0, 6.0])
-def test_truncated_normal(trunc):
+# ---- Truncated noise
+@pytest.mark.parametrize("trunc", [0.1, 0.7, 2.0, 6.0, None])
+def test_noise_is_the_truncated_normal(trunc):
     z = gan.sample_z(2000, 100, trunc, torch.Generator().manual_seed(0)).flatten().double()
+    trunc = trunc or 30  # of None: as good as none
     assert z.shape == (200_000,) and z.abs().max() <= trunc
     density = math.exp(-(trunc**2) / 2) / math.sqrt(2 * math.pi)
     mass = math.erf(trunc / math.sqrt(2))
@@ -328,44 +269,10 @@ def test_truncated_normal(trunc):
     assert (cdf - torch.linspace(0, 1, len(z), dtype=torch.float64)).abs().max() < 0.005
 
 
-@pytest.mark.parametrize("trunc", [0, -1.0, float("nan"), float("inf")])
-def test_impossible_trunc(trunc):
-    with pytest.raises(gan.UserError):
-        gan.sample_z(1, 1, trunc)
+# ---- Augmentation
 
 
-def test_sampling_takes_statistics_of_its_trunc():
-    torch.manual_seed(0)
-    G = gan.Generator(16, 3, 4, 8, 8).eval()
-    before = {k: v.clone() for k, v in G.state_dict().items()}
-    for trunc in (None, 0.5):
-        norm = gan.with_standing_statistics(G, trunc).blocks[0].norm1.norm
-        h = G.linear(gan.sample_z(20_000, 8, trunc)).view(-1, 8, 4, 4)
-        assert torch.allclose(norm.running_mean, h.mean((0, 2, 3)), atol=0.02)
-        assert torch.allclose(norm.running_var, h.var((0, 2, 3)), atol=0.03)
-    assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items())  # G itself stays as it was
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Augmentation
-
-
-def test_color_equals_the_formula():
-    torch.manual_seed(0)
-    x = torch.rand(3, 3, 8, 8) * 2 - 1
-    torch.manual_seed(1)
-    out = gan.diff_augment(x, "color")
-    torch.manual_seed(1)
-    brightness, saturation, contrast = torch.rand(3, 3).T
-    for n in range(3):
-        expected = x[n].numpy() + brightness[n].item() - 0.5
-        gray = expected.mean(axis=0)
-        expected = np.stack([gray + 2 * saturation[n].item() * (channel - gray) for channel in expected])
-        expected = expected.mean() + (0.5 + contrast[n].item()) * (expected - expected.mean())
-        assert np.abs(out[n].numpy() - expected).max() < 1e-5
-
-
-def test_translation_moves_by_whole_pixels_and_every_move_occurs():
+def test_translation_moves_by_whole_pixels_and_cutout_zeroes_one_square():
     torch.manual_seed(0)
     x = torch.rand(200, 2, 16, 16) + 1
     padded = F.pad(x, (2, 2, 2, 2))
@@ -375,9 +282,6 @@ def test_translation_moves_by_whole_pixels_and_every_move_occurs():
         assert len(moves) == 1
         seen.add(moves[0])
     assert len(seen) == 25
-
-
-def test_cutout_zeroes_one_square():
     torch.manual_seed(0)
     x = torch.rand(100, 2, 16, 16) + 1
     out = gan.diff_augment(x, "cutout")
@@ -388,10 +292,7 @@ def test_cutout_zeroes_one_square():
     assert height.max() == 8 and width.max() == 8 and height.min() >= 4 and width.min() >= 4  # half is out at most
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
+# ---- Data
 def color_picture():
     """[3,12,8]: red above, blue below, a green column on the left."""
     image = torch.zeros(3, 12, 8, dtype=torch.uint8)
@@ -400,10 +301,10 @@ def color_picture():
     return image
 
 
-@pytest.mark.parametrize(
-    "kind",
-    "RGB.png L.png 1.png P.png P.gif RGBA.png LA.png RGB.bmp CMYK.tif I;16.png I;16.tif".split(),
-)
+KINDS = "RGB.png L.png 1.png P.png P.gif RGBA.png LA.png RGB.bmp CMYK.tif I;16.png I;16.tif".split()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_lossless_mode_is_decoded_exactly(tmp_path, kind):
     picture = color_picture()
     mode, suffix = kind.split(".")
@@ -420,7 +321,7 @@ def test_each_lossless_mode_is_decoded_exactly(tmp_path, kind):
     assert decoded.dtype == torch.uint8 and torch.equal(decoded, expected)
 
 
-def test_jpegs_gray_cmyk_and_rotated(tmp_path):
+def test_jpegs_rotation_and_transparency(tmp_path):
     pil = to_pil_image(color_picture())
     for mode in ("L", "CMYK"):
         pil.convert(mode).save(tmp_path / "x.jpg", quality=100, subsampling=0)
@@ -431,92 +332,89 @@ def test_jpegs_gray_cmyk_and_rotated(tmp_path):
     pil.save(tmp_path / "x.jpg", quality=100, subsampling=0, exif=exif)
     expected = color_picture().rot90(-1, (1, 2)).float()
     assert (gan.read_image(tmp_path / "x.jpg").float() - expected).abs().mean() < 4
-
-
-def test_transparency_turns_white(tmp_path):
-    rgba = torch.cat([color_picture(), torch.full((1, 12, 8), 0, dtype=torch.uint8)])
+    rgba = torch.cat([color_picture(), torch.zeros(1, 12, 8, dtype=torch.uint8)])
     rgba[3, 6:] = 51  # a fifth
-    write_picture(rgba, tmp_path / "x.png")
+    to_pil_image(rgba).save(tmp_path / "x.png")
     decoded = gan.read_image(tmp_path / "x.png")
-    assert (decoded[:, :6] == 255).all()
+    assert (decoded[:, :6] == 255).all()  # white
     assert decoded[:, 11, 7].tolist() == [204, 204, 224]  # 0.2 of (0, 0, 100) and 0.8 of white
 
 
-def test_folder_with_classes_and_junk(folder, tmp_path, capsys):
-    shutil.copytree(folder, tmp_path / "data")
-    (tmp_path / "data" / "notes.txt").write_text("no image")
-    (tmp_path / "data" / "rose 9" / "broken.png").write_bytes((folder / "rose 9" / "1.png").read_bytes()[:60])
-    (tmp_path / "data" / ".hidden").mkdir()
-    write_picture(torch.zeros(3, 8, 8, dtype=torch.uint8), tmp_path / "data" / ".hidden" / "x.png")
-    (tmp_path / "data" / "rose 1").rename(tmp_path / "linked")
-    (tmp_path / "data" / "rose 1").symlink_to(tmp_path / "linked")
-    images, labels, classes = gan.load_images(str(tmp_path / "data"), 16, 3)
-    out = capsys.readouterr().out
-    assert "skipped 2 of 26 files" in out and "notes.txt" in out and "broken.png" in out
+def test_folder_with_classes_links_and_junk(folder, tmp_path, capsys):
+    data, linked = tmp_path / "data", tmp_path / "linked"
+    shutil.copytree(folder, data)
+    (data / "rose 9" / "broken.png").write_bytes((folder / "rose 9" / "1.png").read_bytes()[:60])
+    (data / "rose 9" / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(data / "float.tif")
+    bmp_folder(data / ".hidden", 9)
+    (data / "rose 1").rename(linked)
+    (data / "rose 1").symlink_to(linked)
+    (linked / "up").symlink_to(data)
+    (linked / "beside").symlink_to(data / "rose 9")  # whose pictures stay in their own class
+    (data / "rose 10" / "up").symlink_to(linked)  # each folder is entered once
+    (data / "gone").symlink_to(tmp_path / "nowhere")
+    for _ in range(2):  # what is skipped is told each time
+        images, labels, classes = gan.load_images(str(data), 16, 3)
+        out = capsys.readouterr().out
+        assert all(
+            text in out for text in ("skipped 3 of 27", "float.tif (floating-point", "program.png", "broken.png")
+        )
     assert images.shape == (24, 3, 16, 16) and images.dtype == torch.uint8
     assert classes == ["rose 1", "rose 9", "rose 10"]
     assert labels.dtype == torch.int64 and labels.bincount().tolist() == [8, 8, 8]
     means = [images[labels == c].float().mean().item() for c in range(3)]  # pictures and labels belong together
     assert all(abs(mean - expected) < 3 for mean, expected in zip(means, (19.5, 89.5, 159.5)))
+    to_pil_image(torch.zeros(3, 16, 16, dtype=torch.uint8)).save(data / "stray.png")
+    images, labels, classes = gan.load_images(str(data), 16, 1)
+    assert images.shape == (25, 1, 16, 16) and labels.tolist() == [0] * 25 and classes == []
+    assert "stray.png lies beside" in capsys.readouterr().out
 
 
-def test_cache_is_used_and_never_stale(folder, tmp_path, monkeypatch):
+def test_cache_is_used_and_never_stale(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = tmp_path / "data"
     shutil.copytree(folder / "rose 1", data)
-    calls = []
-    read_image = gan.read_image
+    calls, read_image = [], gan.read_image
     monkeypatch.setattr(gan, "read_image", lambda path: calls.append(path) or read_image(path))
 
     def load(size=16, channels=3):
         calls.clear()
         return gan.load_images(str(data), size, channels)[0].clone(), len(calls)
 
-    first, count = load()
-    assert count == 8
-    again, count = load()
-    assert count == 0 and torch.equal(first, again)
+    (first, decoded), (again, decoded_again) = load(), load()
+    assert (decoded, decoded_again) == (8, 0) and torch.equal(first, again)
     assert load(size=32)[1] == 8 and load(channels=1)[1] == 8 and load()[1] == 0
-
-    write_picture(torch.full((3, 20, 18), 255, dtype=torch.uint8), data / "3.png")
+    to_pil_image(torch.full((3, 20, 18), 255, dtype=torch.uint8)).save(data / "3.png")
     changed, count = load()
     assert count == 8 and (changed[3] == 255).all()
     os.utime(data / "3.png", (1, 1))
     assert load()[1] == 8
     (data / "3.png").unlink()
     assert len(load()[0]) == 7
-
     for cached in (tmp_path / "cache").rglob("*.pt"):  # half-written
         cached.write_bytes(cached.read_bytes()[:-1])
     assert load()[1] == 7 and load()[1] == 0
     assert not list((tmp_path / "cache").rglob("*.part"))
-
-
-def test_images_load_where_no_cache_can_be_written(folder, tmp_path, monkeypatch, capsys):
+    for name, value in (("A", 10), ("B", 200)):  # equal names, sizes and times
+        assert gan.load_images(bmp_folder(tmp_path / name, value), 16, 3)[0].float().mean() == value
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    images, labels, classes = gan.load_images(str(folder), 16, 3)
-    assert images.shape == (24, 3, 16, 16) and len(classes) == 3 and "cannot be cached" in capsys.readouterr().out
+    assert len(load()[0]) == 7 and "cannot be cached" in capsys.readouterr().out
 
 
-def test_mnist_in_torchvision_layout(tmp_path):
+def test_mnist_in_torchvision_layout_and_synthetic_flowers(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
+    number = lambda n: n.to_bytes(4, "big")  # noqa: E731
+    pixels = np.repeat(np.array([10, 20, 30], np.uint8), 28 * 28).tobytes()
     for part in ("train", "t10k"):
-        header = (2051).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in (3, 28, 28))
-        pixels = np.repeat(np.array([10, 20, 30], np.uint8), 28 * 28).tobytes()
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
-            (2049).to_bytes(4, "big") + (3).to_bytes(4, "big") + b"\x07\x00\x02"
-        )
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(b"".join(map(number, (2051, 3, 28, 28))) + pixels)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(number(2049) + number(3) + b"\x07\x00\x02")
     images, labels, classes = gan.load_images("mnist", 32, 1, str(tmp_path))
     assert images.shape == (3, 1, 32, 32) and images.float().mean((1, 2, 3)).tolist() == [10, 20, 30]
     assert [classes[y] for y in labels] == ["7", "0", "2"]
     config = gan.resolve(gan.Config(data="mnist"))
     assert (config.channels, config.flip, config.size) == (1, False, 64)
-
-
-def test_synthetic_flowers():
     images, labels, classes = gan.load_images("synthetic", 32, 3)
     assert images.shape == (1360, 3, 32, 32) and labels.bincount().tolist() == [80] * 17 and len(classes) == 17
     assert torch.equal(images, gan.load_images("synthetic", 32, 3)[0])
@@ -527,89 +425,44 @@ def test_synthetic_flowers():
     assert min(x[labels == c].std(0).mean() for c in range(17)) > 0.04  # ... and vary
 
 
-def test_batches_cover_each_epoch_and_can_start_anywhere():
-    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 1, 1, 1)
-    config = gan.Config(batch=3, flip=False)
-    device = torch.device("cpu")
+def test_batches_cover_each_epoch_can_start_anywhere_and_mirror_half():
+    images, config = torch.arange(10, dtype=torch.uint8)[:, None, None, None], gan.Config(batch=3, flip=False)
 
     def take(count, start=0):
-        stream = gan.batches(images, torch.arange(10), config, device, start)
+        stream = gan.batches(images, torch.arange(10), config, CPU, start)
         return [next(stream) for _ in range(count)]
 
     taken = take(9)
-    for epoch in range(3):
-        ys = torch.cat([y for _, y in taken[3 * epoch : 3 * epoch + 3]])
-        assert len(ys.unique()) == 9
-    assert not torch.equal(torch.cat([y for _, y in taken[:3]]), torch.cat([y for _, y in taken[3:6]]))
+    epochs = [torch.cat([y for _, y in taken[i : i + 3]]) for i in (0, 3, 6)]
+    assert all(len(ys.unique()) == 9 for ys in epochs) and not torch.equal(epochs[0], epochs[1])
     for x, y in taken:
         assert torch.allclose(x.flatten(), y / 127.5 - 1)
     for (_, a), (_, b) in zip(take(4, start=5), taken[5:]):
         assert torch.equal(a, b)
-
-
-def test_flips_mirror_half_of_the_images():
     images = torch.tensor([0, 255], dtype=torch.uint8).expand(1000, 1, 1, 2)
     torch.manual_seed(0)
-    x, _ = next(gan.batches(images, torch.zeros(1000), gan.Config(batch=1000, flip=True), torch.device("cpu")))
-    assert abs((x[:, 0, 0, 0] == 1).float().mean() - 0.5) < 0.06
-    assert (x.sum(3) == 0).all()
+    x, _ = next(gan.batches(images, torch.zeros(1000), gan.Config(batch=1000, flip=True), CPU))
+    assert abs((x[:, 0, 0, 0] == 1).float().mean() - 0.5) < 0.06 and (x.sum(3) == 0).all()
 
 
 def bmp_folder(path, value):
     path.mkdir()
     for i in range(4):
-        write_picture(torch.full((3, 16, 16), value, dtype=torch.uint8), path / f"{i}.bmp")
+        to_pil_image(torch.full((3, 16, 16), value, dtype=torch.uint8)).save(path / f"{i}.bmp")
         os.utime(path / f"{i}.bmp", (1, 1))
     return str(path)
 
 
-def test_folders_of_equal_names_sizes_and_times_share_no_cache(tmp_path):
-    for name, value in (("A", 10), ("B", 200)):
-        images, _, _ = gan.load_images(bmp_folder(tmp_path / name, value), 16, 3)
-        assert images.float().mean() == value
-
-
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "I/O error"), PermissionError(13, "no")])
-def test_passing_errors_end_the_call_and_leave_no_cache(error, folder, tmp_path, monkeypatch):
+def test_passing_errors_end_the_call_and_leave_no_cache(error, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(error))
-        with pytest.raises(type(error)):
-            gan.load_images(str(folder), 16, 3)
+        patch.setattr(Path, "read_bytes", raising(error))
+        for load in (lambda: gan.load_images(str(folder), 16, 3), lambda: list(metrics.Folder(folder).read(8))):
+            with pytest.raises(type(error)):
+                load()
+        assert (str(error) or "out of memory") in metrics_fail(capsys, folder, folder, "--metrics", "swd")
     assert len(gan.load_images(str(folder), 16, 3)[0]) == 24
-
-
-def test_what_is_skipped_is_told_each_time(tmp_path, capsys):
-    data = bmp_folder(tmp_path / "data", 7)
-    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "data" / "float.tif")
-    (tmp_path / "data" / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
-    for _ in range(2):
-        assert len(gan.load_images(data, 16, 3)[0]) == 4
-        out = capsys.readouterr().out
-        assert "skipped 2 of 6" in out and "float.tif (floating-point" in out and "program.png" in out
-
-
-def test_links_are_followed_and_each_folder_is_entered_once(tmp_path):
-    for name in ("a", "b"):
-        bmp_folder(tmp_path / name, 9)
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "x").symlink_to(tmp_path / "a")
-    (data / "y").symlink_to(tmp_path / "b")
-    (tmp_path / "a" / "up").symlink_to(data)
-    (tmp_path / "b" / "up").symlink_to(tmp_path / "a")
-    (data / "gone").symlink_to(tmp_path / "nowhere")
-    images, labels, classes = gan.load_images(str(data), 16, 3)
-    assert len(images) == 8 and classes == ["x", "y"] and labels.tolist() == [0] * 4 + [1] * 4
-
-
-def test_hidden_folders_are_no_class_and_a_stray_picture_is_named(tmp_path, capsys):
-    (tmp_path / "data").mkdir()
-    for name in ("rose", "daisy", ".ipynb_checkpoints"):
-        bmp_folder(tmp_path / "data" / name, 9)
-    assert gan.load_images(str(tmp_path / "data"), 16, 3)[2] == ["daisy", "rose"]
-    write_picture(torch.zeros(3, 16, 16, dtype=torch.uint8), tmp_path / "data" / "stray.png")
-    assert gan.load_images(str(tmp_path / "data"), 16, 3)[2] == [] and "stray.png" in capsys.readouterr().out
 
 
 def test_names_that_are_no_text(tmp_path, capsys):
@@ -621,35 +474,23 @@ def test_names_that_are_no_text(tmp_path, capsys):
     assert len(gan.load_generator(run)[0].classes) == 2 and "two\\nlines/broken" in out and "\ufffd" not in out
 
 
-def test_both_files_read_images_by_one_text():
-    for name in ("natural", "list_files", "read_image"):
-        assert inspect.getsource(getattr(gan, name)) == inspect.getsource(getattr(metrics, name))
-    assert gan.FORMATS == metrics.FORMATS
+# ---- The step, checkpoints and runs
+LARGER = dict(loss="ns", cond=False, size=32, width=16, max_width=512, z_dim=128, batch=16)
+RECORDED = [  # changes to a config, three steps' losses of D and G
+    (dict(loss="hinge"), [[2.27768, -1.41561], [2.45003, -0.31582], [2.07049, -0.55793]]),
+    (LARGER, [[0.97703, 0.34279], [1.65712, 5.88815], [1.0598, 2.11177]]),
+]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The step, checkpoints and runs
-
-
-@pytest.mark.parametrize(
-    "changes, losses",
-    [
-        (dict(loss="hinge"), [[2.27768, -1.41561], [2.45003, -0.31582], [2.07049, -0.55793]]),
-        (
-            dict(loss="ns", cond=False, size=32, width=16, max_width=512, z_dim=128, batch=16),
-            [[0.97703, 0.34279], [1.65712, 5.88815], [1.0598, 2.11177]],
-        ),
-    ],
-)
+@pytest.mark.parametrize("changes, losses", RECORDED)
 def test_losses_are_those_recorded_before_a_rewrite(changes, losses):
     """The recorded version had other rates and initial scales, which are set here."""
-    config = gan.Config(**{**TOY, "cond": True, "seed": 3, "augment": "color,translation,cutout", **changes})
-    config = gan.resolve(replace(config, lr_G=1e-4, lr_D=4e-4, beta2=0.999))
+    options = {**TOY, "cond": True, "seed": 3, "augment": "color,translation,cutout", **changes}
+    config = gan.resolve(gan.Config(**options, lr_G=1e-4, lr_D=4e-4, beta2=0.999))
     images, labels, classes = gan.load_images("synthetic", config.size, 3)
     model = gan.GAN(config, len(classes) if config.cond else 0)
-    with torch.no_grad():
-        for name, p in [*model.D.named_parameters(), *model.G.named_parameters()]:
-            p *= 1 / 0.3 if "original" in name else 0.1 if config.cond and "gain_bias.weight" in name else 1
+    for name, p in [*model.D.named_parameters(), *model.G.named_parameters()]:
+        p.data *= 1 / 0.3 if "original" in name else 0.1 if config.cond and "gain_bias.weight" in name else 1
     data = gan.batches(images, labels, config, CPU)
     ours = torch.stack([model.train_step(data)[:2] for _ in losses])
     assert torch.allclose(ours[:1], torch.tensor(losses[:1]), rtol=0, atol=1e-4)
@@ -669,15 +510,6 @@ def test_average_moves_parameters_and_copies_buffers():
         assert torch.equal(model.G_ema.norm.running_mean, model.G.norm.running_mean)
 
 
-def test_float16_path_with_a_live_scaler():
-    model, twin = toy(d_steps=2, g_steps=2), toy(d_steps=2, g_steps=2)
-    model.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
-    for m in (model, twin):
-        m.train_step(random_batches(m.config))
-    for p, q in zip(model.G.parameters(), twin.G.parameters()):  # scaled gradients, unscaled steps
-        assert torch.allclose(p, q, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("loss", list(gan.LOSSES))
 def test_every_loss_trains_both_networks(loss):
     model = toy(loss=loss, g_steps=2, d_steps=2)
@@ -687,7 +519,7 @@ def test_every_loss_trains_both_networks(loss):
         assert any(not torch.equal(p, q) for p, q in zip(getattr(model, name).parameters(), old)), name
 
 
-def test_bfloat16_on_the_cpu_stays_near_float32():
+def test_half_precision_stays_near_float32_and_is_taken_where_the_processor_has_it(monkeypatch):
     stats = []
     for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16)):
         model = toy(amp=amp)
@@ -696,44 +528,47 @@ def test_bfloat16_on_the_cpu_stays_near_float32():
             assert model.D.conv(torch.zeros(1, 3, 16, 16)).dtype == dtype
             assert model.D(torch.zeros(1, 3, 16, 16), torch.tensor([0])).dtype == torch.float32
     assert torch.isfinite(stats[1]).all() and (stats[0] - stats[1])[:2].abs().max() < 0.05
-
-
-def test_auto_takes_bfloat16_where_the_processor_has_it(monkeypatch):
-    for known, dtype in (
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True}, torch.bfloat16),
-        ({}, torch.float32),
-    ):
+    for known in ({"avx512_bf16": True}, {"amx_bf16": True}, {}):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
-        assert gan.pick_dtype("auto", CPU) == dtype
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
+        assert gan.pick_dtype("auto", CPU) == (torch.bfloat16 if known else torch.float32)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch 2.6
     assert gan.pick_dtype("auto", CPU) == torch.float32
+    model, twin = toy(d_steps=2, g_steps=2), toy(d_steps=2, g_steps=2)
+    model.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
+    for m in (model, twin):
+        m.train_step(random_batches(m.config))
+    for p, q in zip(model.G.parameters(), twin.G.parameters()):  # scaled gradients, unscaled steps
+        assert torch.allclose(p, q, rtol=0, atol=1e-5)
 
 
-def test_run_folder(run, folder):
+def test_run_folder_and_samples_of_it(run, folder, tmp_path):
     assert run.name == f"0000-ns-cond-{folder.name}-16"
     assert json.loads((run / "config.json").read_text())["augment"] == "color,translation,cutout"
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = logged(run)
     assert log[-1]["step"] == 6 and {"loss_D", "loss_G", "real_logit", "fake_logit", "images_per_s"} <= log[-1].keys()
     grid = pil_to_tensor(Image.open(run / "samples" / "0000006.png"))
     assert grid.shape == (3, 3 * 18 + 2, 10 * 18 + 2)  # a row for each class, ten columns, two pixels between
     G, config = gan.load_generator(run)
     assert not G.training and isinstance(config, gan.Config) and config.steps == 6
     assert G.classes == ["rose 1", "rose 9", "rose 10"] and not list(run.rglob("*.part"))
+    sample = lambda *argv: gan.main(["sample", "--run", str(run), *argv])  # noqa: E731
+    sample("--n", "7", "--out", str(tmp_path / "deep" / "s.npz"))
+    with np.load(tmp_path / "deep" / "s.npz") as file:
+        images, labels = file["images"], file["labels"]
+    assert images.shape == (7, 16, 16, 3) and images.dtype == np.uint8 and labels.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    expected = gan.generate(gan.load_generator(run)[0], 7, classes=labels)
+    assert np.array_equal(images, expected.permute(0, 2, 3, 1).numpy())
+    sample("--n", "7", "--out", str(tmp_path / "folder"))
+    for i, image in enumerate(expected):
+        assert torch.equal(pil_to_tensor(Image.open(tmp_path / "folder" / f"{i:05d}.png")), image)
+    sample("--interpolate", "--classes", "rose 9", "--out", str(tmp_path / "w.png"))
+    assert Image.open(tmp_path / "w.png").size == (10 * 18 + 2, 8 * 18 + 2)
+    sample("--classes", "rose 10,0", "--n", "4", "--out", str(tmp_path / "s.npz"))
+    assert np.load(tmp_path / "s.npz")["labels"].tolist() == [2, 2, 0, 0]
 
 
-def test_curves_appear_with_matplotlib_and_silently_not_without(folder, tmp_path, monkeypatch, capsys):
-    config = gan.Config(**TOY, data=str(folder), steps=2, runs=str(tmp_path))
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib.figure", None)
-        run = gan.train(config)
-    assert not (run / "curves.png").exists() and "matplotlib" not in capsys.readouterr().out
-    pytest.importorskip("matplotlib")
-    assert Image.open(gan.train(config) / "curves.png").width > 300
-
-
-def same_state(run, other):
-    a, b = (gan.read_checkpoint(r / "checkpoint.pt") for r in (run, other))
+def same_state(run, other, model=gan.GAN):
+    a, b = (gan.read_checkpoint(r / "checkpoint.pt", model) for r in (run, other))
     for name in gan.GAN.PARTS:
         leaves = [torch.utils._pytree.tree_leaves(c[name]) for c in (a, b)]
         assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(*leaves, strict=True)), name
@@ -744,20 +579,12 @@ def test_resume_is_bit_for_bit_the_uninterrupted_run(folder, tmp_path):
     config = dict(TOY, data=str(folder), cond=True, d_steps=2, runs=str(tmp_path))
     whole = gan.train(gan.Config(**config, steps=8, name="whole"))
     part = gan.train(gan.Config(**config, steps=4, name="part"))
+    with open(part / "log.jsonl", "a") as log:
+        log.write('{"step": 5, "loss_D": 9}\n{"step": 6, "lo')  # killed while it wrote, after its checkpoint
     gan.main(["train", "--resume", str(part), "--steps", "8"])
     same_state(whole, part)
     assert (whole / "samples/0000008.png").read_bytes() == (part / "samples/0000008.png").read_bytes()
-    steps = [json.loads(line)["step"] for line in (part / "log.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] == 8
-
-
-def test_resume_cuts_what_was_logged_after_the_checkpoint(folder, tmp_path):
-    run = gan.train(gan.Config(**TOY, data=str(folder), steps=2, log_every=1, runs=str(tmp_path)))
-    with open(run / "log.jsonl", "a") as log:
-        log.write('{"step": 3, "loss_D": 9}\n{"step": 4, "lo')  # killed while it wrote
-    gan.main(["train", "--resume", str(run), "--steps", "3"])
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [1, 2, 3] and records[-1]["loss_D"] != 9
+    assert [row["step"] for row in logged(part)] == [4, 8]
 
 
 def test_a_failure_at_any_write_loses_nothing(folder, tmp_path, monkeypatch):
@@ -792,56 +619,40 @@ def test_a_failure_at_any_write_loses_nothing(folder, tmp_path, monkeypatch):
         assert not list(run.rglob("*.part"))
 
 
-def test_resume_may_change_some_options_and_changes_them_everywhere(folder, tmp_path, capsys):
-    config = gan.Config(**TOY, data=str(folder), steps=2, runs=str(tmp_path))
+def test_resume_may_change_some_options_and_the_place_of_the_images(folder, tmp_path, capsys):
+    data, moved = tmp_path / "data", tmp_path / "moved"
+    shutil.copytree(folder, data)
+    config = gan.Config(**TOY, data=str(data), steps=1, cond=True, runs=str(tmp_path / "runs"))
     run = gan.train(config)
-    gan.train(replace(config, lr_G=1e-6, steps=3), resume=run)
+    gan.train(replace(config, lr_G=1e-6, steps=2), resume=run)
     assert gan.read_checkpoint(run / "checkpoint.pt")["opt_G"]["param_groups"][0]["lr"] == 1e-6
     assert json.loads((run / "config.json").read_text())["lr_G"] == 1e-6
-    with pytest.raises(gan.UserError, match="loss cannot change"):
-        gan.train(replace(config, loss="wgan", steps=4), resume=run)
-    assert "loss cannot change" in fails(capsys, "train", "--resume", run, "--loss", "wgan")
-    assert "3 steps" in fails(capsys, "train", "--resume", run)
+    resume = ["train", "--resume", str(run)]
+    assert "loss cannot change" in fails(capsys, *resume, "--loss", "wgan")
+    assert "2 steps" in fails(capsys, *resume)
     assert "no runs ''" in fails(capsys, "train", "--resume", "")
-
-
-def test_resume_with_other_images(folder, tmp_path, capsys):
-    data = tmp_path / "data"
-    shutil.copytree(folder, data)
-    run = gan.train(gan.Config(**TOY, data=str(data), steps=1, cond=True, runs=str(tmp_path / "runs")))
-    data.rename(tmp_path / "moved")
-    gan.main(["train", "--resume", str(run), "--steps", "2", "--data", str(tmp_path / "moved")])
-    write_picture(torch.zeros(3, 16, 16, dtype=torch.uint8), tmp_path / "moved" / "rose 1" / "new.png")
-    assert "not trained on" in fails(capsys, "train", "--resume", run, "--steps", "3")
-    gan.main(["train", "--resume", str(run), "--steps", "3", "--data", str(tmp_path / "moved")])
-    (tmp_path / "moved" / "rose 1").rename(tmp_path / "moved" / "tulip")
-    assert "not trained on" in fails(capsys, "train", "--resume", run, "--steps", "4", "--data", tmp_path / "moved")
+    data.rename(moved)
+    gan.main([*resume, "--steps", "3", "--data", str(moved)])
+    to_pil_image(torch.zeros(3, 16, 16, dtype=torch.uint8)).save(moved / "rose 1" / "new.png")
+    assert "not trained on" in fails(capsys, *resume, "--steps", "4")
+    gan.main([*resume, "--steps", "4", "--data", str(moved)])
+    (moved / "rose 1").rename(moved / "tulip")
+    assert "not trained on" in fails(capsys, *resume, "--steps", "5", "--data", moved)
     assert len(gan.load_images(str(tmp_path), 16, 3)[0]) == 25  # the pictures in runs/ are no data
 
 
-def test_what_is_not_finite_is_never_saved(run, tmp_path):
-    content = gan.read_checkpoint(run / "checkpoint.pt")
-    model = gan.GAN(content["config"], 3)
-    model.classes, model.images, model.config.steps = content["classes"], content["images"], 9
-    model.load(run / "checkpoint.pt")
-    model.save(tmp_path / "good.pt")
-    before = (tmp_path / "good.pt").read_bytes()
-    spoilt = [
-        model.G.norm.running_var,
-        model.D.linear.parametrizations.weight[0].u,
-        next(iter(model.opt_G.state.values()))["exp_avg"],
-        model.G_ema.linear.weight.data,
-    ]
-    for tensor in spoilt:
+def test_what_is_not_finite_stops_the_run_and_is_never_saved(folder, tmp_path, capsys):
+    model, path = toy(), tmp_path / "good.pt"
+    model.train_step(random_batches(model.config))
+    model.save(path)
+    before, moment = path.read_bytes(), next(iter(model.opt_G.state.values()))["exp_avg"]
+    u = model.D.linear.parametrizations.weight[0].u
+    for tensor in (model.G.norm.running_var, u, moment, model.G_ema.linear.weight.data):
         kept, tensor.view(-1)[0] = tensor.view(-1)[0].clone(), float("inf")
-        with pytest.raises(gan.UserError, match="step 6 is not finite"):
-            model.save(tmp_path / "good.pt")
-        assert (tmp_path / "good.pt").read_bytes() == before
+        with pytest.raises(gan.UserError, match="step 1 is not finite"):
+            model.save(path)
+        assert path.read_bytes() == before
         tensor.view(-1)[0] = kept
-    model.save(tmp_path / "good.pt")
-
-
-def test_losses_that_are_not_finite_stop_the_run(folder, tmp_path, capsys):
     run = gan.train(gan.Config(**TOY, data=str(folder), runs=str(tmp_path), log_every=5, steps=2))
     content = torch.load(run / "checkpoint.pt")
     content["D"]["linear.bias"] += float("nan")
@@ -852,7 +663,7 @@ def test_losses_that_are_not_finite_stop_the_run(folder, tmp_path, capsys):
     assert (run / "checkpoint.pt").read_bytes() == before
 
 
-def test_damaged_checkpoints_are_told_in_a_line(run, tmp_path, capsys):
+def test_damaged_and_old_checkpoints_are_told_in_a_line(run, tmp_path, capsys):
     whole, path = (run / "checkpoint.pt").read_bytes(), tmp_path / "checkpoint.pt"
     with zipfile.ZipFile(run / "checkpoint.pt") as archive:
         parts = [info for info in archive.infolist() if info.file_size > 60]
@@ -866,16 +677,13 @@ def test_damaged_checkpoints_are_told_in_a_line(run, tmp_path, capsys):
     for name, value in [*changes, ("config", {}), ("config", None), ("G_ema", {"a": 1})]:
         torch.save({**content, name: value}, path)
         assert "damaged" in fails(capsys, "sample", "--run", path, "--out", tmp_path / "x.png")
-    torch.save({name: value for name, value in content.items() if name != "opt_G"}, path)
-    assert "damaged" in fails(capsys, "train", "--resume", tmp_path, "--steps", "9")
-
-
-def test_checkpoints_of_an_older_version(run, tmp_path, capsys):
-    content = torch.load(run / "checkpoint.pt")
+    for opt_G in ({}, None):
+        torch.save(content | {"opt_G": opt_G}, path)
+        assert "damaged" in fails(capsys, "train", "--resume", tmp_path, "--steps", "9")
     content["step"] = content.pop("steps")
     content["config"]["label_smoothing"] = 0.0
-    torch.save(content | {"rng": torch.get_rng_state(), "rng_cuda": None}, tmp_path / "checkpoint.pt")
-    assert torch.equal(gan.generate(gan.load_generator(tmp_path)[0], 3), gan.generate(gan.load_generator(run)[0], 3))
+    torch.save(content | {"rng": torch.get_rng_state(), "rng_cuda": None}, path)
+    assert torch.equal(gan.generate(gan.load_generator(path)[0], 3), gan.generate(gan.load_generator(run)[0], 3))
     assert "older version" in fails(capsys, "train", "--resume", tmp_path, "--steps", "9")
 
 
@@ -891,39 +699,36 @@ def test_names_of_runs(tmp_path, monkeypatch):
     assert gan.train(replace(config, name="killed")) == tmp_path / "killed"
     with pytest.raises(gan.UserError, match="exists"):
         gan.train(replace(config, name="killed"))
-    long = replace(config, data=str(tmp_path / ("x" * 250)))
-    bmp_folder(Path(long.data), 3), bmp_folder(Path(long.data) / "more", 3)
-    assert len(gan.train(long).name) < 80
-
-
-def test_two_runs_of_one_moment_take_two_numbers(tmp_path, monkeypatch):
-    config, made = gan.Config(**TOY, steps=1, runs=str(tmp_path)), []
-    mkdir = Path.mkdir
+    made, mkdir = [], Path.mkdir
 
     def taken(path, *args, **options):  # by another process, a moment before
-        if path.name.startswith("0000-") and not made:
+        if path.name.startswith("0002-") and not made:
             made.append(mkdir(path))
         return mkdir(path, *args, **options)
 
-    monkeypatch.setattr(Path, "mkdir", taken)
-    assert gan.train(config).name == "0001-ns-synthetic-16"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", taken)
+        assert gan.train(config).name == "0003-ns-synthetic-16"
+    long = bmp_folder(tmp_path / ("x" * 250), 3)
+    assert len(gan.train(replace(config, data=long, batch=4)).name) < 80
 
 
-def test_tensorboard_gets_scalars_and_pictures(folder, tmp_path, monkeypatch, capsys):
-    calls = []
+def test_curves_are_drawn_and_tensorboard_gets_scalars_and_pictures(folder, tmp_path, monkeypatch, capsys):
+    calls, config = [], gan.Config(**TOY, data=str(folder), steps=2, runs=str(tmp_path))
 
-    class Writer:
-        def __init__(self, run):
-            self.run = run
-
-        def __getattr__(self, name):
-            return lambda *args: calls.append((name, args[0] if args else None))
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    gan.train(gan.Config(**TOY, data=str(folder), steps=1, runs=str(tmp_path), tensorboard=True))
-    assert {("add_scalar", "loss_D"), ("add_scalar", "fake_logit"), ("add_image", "samples")} <= set(calls)
+    note = lambda name, *values: calls.append(name)  # noqa: E731
+    writer = SimpleNamespace(add_scalar=note, add_image=note)
+    tensorboard = SimpleNamespace(SummaryWriter=lambda run: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        run = gan.train(replace(config, tensorboard=True))
+    assert {"loss_D", "fake_logit", "samples"} <= set(calls)
+    assert not (run / "curves.png").exists() and "matplotlib" not in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert "tensorboard" in fails(capsys, "train", *TOY_FLAGS, "--tensorboard", "--runs", tmp_path)
+    pytest.importorskip("matplotlib")
+    assert Image.open(gan.train(config) / "curves.png").width > 300
 
 
 def test_training_learns_the_classes(tmp_path):
@@ -944,9 +749,13 @@ def test_training_learns_the_classes(tmp_path):
 
     start, start_distance = score(gan.GAN(gan.resolve(config), 17).G_ema)
     end, end_distance = score(gan.load_generator(gan.train(config))[0])
-    print(f"accuracy {start:.3f} -> {end:.3f}, distance {start_distance:.3f} -> {end_distance:.3f}")
     assert start < 0.12 and end > 0.48
     assert end_distance < start_distance / 4
+
+
+class Layers(torch.nn.Sequential):
+    def forward(self, x, y=None):
+        return super().forward(x)
 
 
 @dataclass
@@ -961,13 +770,11 @@ class Mine(gan.GAN):
 
     @staticmethod
     def networks(c, num_classes):
-        G = torch.nn.Sequential(torch.nn.Linear(c.z_dim, 3 * c.size**2), torch.nn.Unflatten(1, (3, c.size, c.size)))
-        D = torch.nn.Sequential(torch.nn.Conv2d(3, c.width, c.size), torch.nn.ReLU(), torch.nn.Flatten())
-        D.append(torch.nn.Linear(c.width, 1))
-        G.forward = lambda z, y=None: torch.tanh(G[1](G[0](z)))
-        D.forward = lambda x, y=None: D[3](D[2](D[1](D[0](x)))).squeeze(1)
+        first, shape = torch.nn.Linear(c.z_dim, 3 * c.size**2), torch.nn.Unflatten(1, (3, c.size, c.size))
+        G = Layers(first, shape, torch.nn.BatchNorm2d(3), torch.nn.Tanh())
         G.z_dim, G.num_classes, G.size, G.channels = c.z_dim, num_classes, c.size, 3
-        return G, D
+        D = torch.nn.Conv2d(3, c.width, c.size), torch.nn.ReLU(), torch.nn.Conv2d(c.width, 1, 1)
+        return G, Layers(*D, torch.nn.Flatten(0))
 
     def update_G(self, real, fake, y):
         logits = self.D(fake, y)
@@ -981,11 +788,8 @@ def test_a_subclass_has_the_whole_command_line(tmp_path, capsys, extractor_file)
     gan.main(["train", *TOY_FLAGS, "--pull", "0.25", "--steps", "3", *runs], Mine)
     gan.main(["train", *TOY_FLAGS, "--pull", "0.25", "--steps", "5", *runs, "--name", "whole"], Mine)
     gan.main(["train", "--resume", "0000", "--steps", "5", *runs], Mine)
-    content = gan.read_checkpoint(tmp_path / "whole" / "checkpoint.pt", Mine)
-    resumed = gan.read_checkpoint(gan.find_run("0000", tmp_path) / "checkpoint.pt", Mine)
-    assert (
-        all(torch.equal(p, resumed["G"][name]) for name, p in content["G"].items()) and content["config"].pull == 0.25
-    )
+    same_state(tmp_path / "whole", gan.find_run("0000", tmp_path), Mine)
+    assert gan.read_checkpoint(tmp_path / "whole" / "checkpoint.pt", Mine)["config"].pull == 0.25
     gan.main(["eval", *runs, "--n", "20", "--extractor", str(extractor_file), "--trunc", "0.7"], Mine)
     gan.main(["sample", *runs, "--n", "6", "--out", str(tmp_path / "x.npz")], Mine)
     assert np.load(tmp_path / "x.npz")["images"].shape == (6, 16, 16, 3)
@@ -993,13 +797,7 @@ def test_a_subclass_has_the_whole_command_line(tmp_path, capsys, extractor_file)
     assert "pull cannot change" in fails(capsys, "train", "--resume", "whole", "--pull", "1", *runs, model=Mine)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes
-
-
-def losses_of(run):
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return torch.tensor([[row["loss_D"], row["loss_G"]] for row in rows])
+# ---- Several processes
 
 
 # Adam's first steps have the size of the learning rate whatever the gradient is, so where a gradient is zero but for
@@ -1062,7 +860,6 @@ def test_two_processes_train_as_one(tmp_path, folder):
     one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
     assert len(one) == len(two) == 20 and (one - two).abs().max() < 1e-4
     assert done.stdout.count("done at step 20") == 1  # one of them speaks
-
     # At the usual rates, in float64: the networks' weights and statistics too.
     (tmp_path / "ranks.py").write_text(SCRIPT)
     subprocess.run([sys.executable, tmp_path / "ranks.py", tmp_path / "one"], check=True, timeout=120)
@@ -1076,43 +873,34 @@ def test_two_processes_train_as_one(tmp_path, folder):
     assert (first[3] - second[3]).abs().min() > 1e-6  # each has noise of its own
 
 
+DIFFER = f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import gan
+gan.main(["train", "--device", "cpu", "--size", "16", "--seed", os.environ["RANK"]])
+"""
+
+
 @pytest.mark.parametrize(
     "argv, hint",
-    [
-        (["train", "--batch", "7"], "multiple of 2"),
-        (["train", "--data", "nowhere"], "no folder"),
-        (["train", "--resume", "nowhere"], "no runs 'nowhere'"),
-        (["train", "--lossy"], "--lossy"),
-    ],
-)
+    [("--batch 7", "multiple of 2"), ("--data nowhere", "no folder"), ("--resume nowhere", "no runs 'nowhere'"),
+     ("--lossy", "--lossy"), (None, "need the same flags")],
+)  # fmt: skip
 def test_errors_under_torchrun_are_told_once(argv, hint, tmp_path):
-    check_error(torchrun(HERE / "gan.py", *argv, "--device", "cpu", cwd=tmp_path), hint, tmp_path)
-
-
-def test_processes_with_different_flags_are_refused(tmp_path):
-    code = f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\nimport gan\n"
-    code += "gan.main(['train', '--device', 'cpu', '--size', '16', '--seed', os.environ['RANK']])\n"
-    (tmp_path / "differ.py").write_text(code)
-    check_error(torchrun(tmp_path / "differ.py", cwd=tmp_path), "need the same flags", tmp_path)
-
-
-def check_error(done, hint, tmp_path):
+    (tmp_path / "differ.py").write_text(DIFFER)
+    command = [HERE / "gan.py", "train", *argv.split(), "--device", "cpu"] if argv else [tmp_path / "differ.py"]
+    done = torchrun(*command, cwd=tmp_path)
     errors = [line for line in done.stderr.splitlines() if ".py: error: " in line]
     assert done.returncode != 0 and len(errors) == 1 and hint in errors[0], done.stderr
     assert not (tmp_path / "runs").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling and commands
+# ---- Sampling and commands
+def command(*argv, cwd):
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
-def command(*argv, cwd, **options):
-    return subprocess.run(
-        [sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=120, **options
-    )
-
-
-def test_each_file_works_alone(tmp_path, folder, extractor_file):
+def test_each_file_works_alone_and_both_read_images_by_one_text(tmp_path, folder, extractor_file):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     shutil.copy(HERE / "gan.py", tmp_path / "a")
     shutil.copy(HERE / "metrics.py", tmp_path / "b")
@@ -1122,88 +910,49 @@ def test_each_file_works_alone(tmp_path, folder, extractor_file):
     assert done.returncode == 2 and "metrics" in done.stderr and done.stderr.count("\n") == 1
     done = command("metrics.py", folder, folder, "--extractor", extractor_file, cwd=tmp_path / "b")
     assert done.returncode == 0, done.stderr
+    for name in ("natural", "list_files", "read_image"):
+        assert inspect.getsource(getattr(gan, name)) == inspect.getsource(getattr(metrics, name))
+    assert gan.FORMATS == metrics.FORMATS
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for the GNU C library")
-def test_held_memory_is_not_handed_back():
-    code = (
-        "import resource, gan, torch\n"
-        "gan.hold_memory()\n"
-        "for _ in range(10): torch.ones(2**24)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(10): torch.ones(2**24)\n"  # 64 MB each: 16,384 pages
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
-    )
-    assert int(command("-c", code, cwd=HERE).stdout) < 16384  # a block at most; handed back, all ten would count
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_finish_the_step_and_save(number, tmp_path, folder):
-    argv = [
-        sys.executable,
-        HERE / "gan.py",
-        "train",
-        "--data",
-        folder,
-        *TOY_FLAGS,
-        "--steps",
-        "100000",
-        "--log-every",
-        "1",
-    ]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, None])
+def test_signals_finish_the_step_and_save_and_a_lost_reader_changes_nothing(number, tmp_path, folder):
+    flags = ["--data", folder, *TOY_FLAGS, "--steps", "100000" if number else "30", "--log-every", "1"]
+    argv = [sys.executable, HERE / "gan.py", "train", *flags]
     with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not (line := process.stdout.readline()).startswith("step 3/"):
             assert line, process.stderr.read()
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and err == "", err
+        if number:
+            process.send_signal(number)
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == 0 and err == "", err
+        else:
+            process.stdout.close()
+            process.wait(timeout=60)
     steps = gan.read_checkpoint(next((tmp_path / "runs").iterdir()) / "checkpoint.pt")["steps"]
-    assert steps >= 3 and f"stopped at step {steps}" in out
+    assert steps >= 3 and f"stopped at step {steps}" in out if number else steps == 30
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
-    argv = [sys.executable, HERE / "gan.py", "train", *TOY_FLAGS, "--steps", "30", "--log-every", "1"]
-    with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.readline()
-        process.stdout.close()
-        process.wait(timeout=60)
-    assert gan.read_checkpoint(next((tmp_path / "runs").iterdir()) / "checkpoint.pt")["steps"] == 30
+BAD_INPUT = """
+train --size 48 | 48;  train --steps 0 | steps;  train --batch 1 | batch;  train --lr-G -1 | lr_G
+train --beta1 1 | beta1;  train --augment color,blur | augment;  train --name a/b | name;  train --seed -1 | seed
+train --epochs x | --epochs;  train --batch 4000 | 4000;  train --amp fp16 --device cpu | fp16;  train --los ns | --los
+train --device privateuseone | device;  train --device mps | device;  train --data nowhere | nowhere
+train --data mnist --data-dir nowhere | mnist;  train --z-dim 999999999 --device cpu | memory
+train --runs /dev/null/x | /dev/null/x;  sample --run nowhere | nowhere;  sample --n 4294967295 | 4294967295
+sample --seed 99999999999999999999 | seed;  sample --trunc 0 | trunc;  sample --trunc x | trunc
+sample --trunc nan | trunc;  sample --trunc inf | trunc;  eval --trunc 0.7 -1 | trunc
+sample --classes 9223372036854775808 | 9223372036854775808;  sample --classes tulip | tulip
+sample --out x.jpg | x.jpg;  eval --extractor nowhere | nowhere;  eval --data nowhere | nowhere;  launch | launch
+"""
 
 
-@pytest.mark.parametrize(
-    "argv, hint",
-    [
-        ("train --size 48", "48"),
-        ("train --steps 0", "steps"),
-        ("train --batch 1", "batch"),
-        ("train --lr-G -1", "lr_G"),
-        ("train --beta1 1", "beta1"),
-        ("train --augment color,blur", "augment"),
-        ("train --name a/b", "name"),
-        ("train --seed -1", "seed"),
-        ("train --epochs x", "--epochs"),
-        ("train --batch 4000", "4000"),
-        ("train --amp fp16 --device cpu", "fp16"),
-        ("train --device privateuseone", "device"),
-        ("train --device mps", "device"),
-        ("train --data nowhere", "nowhere"),
-        ("train --data mnist --data-dir nowhere", "mnist"),
-        ("train --z-dim 999999999 --device cpu", "memory"),
-        ("train --runs /dev/null/x", "/dev/null/x"),
-        ("train --los ns", "--los"),
-        ("sample --run nowhere", "nowhere"),
-        ("sample --n 4294967295", "4294967295"),
-        ("sample --seed 99999999999999999999", "seed"),
-        ("sample --trunc 0", "trunc"),
-        ("sample --trunc x", "trunc"),
-        ("sample --classes 9223372036854775808", "9223372036854775808"),
-        ("sample --classes tulip", "tulip"),
-        ("sample --out x.jpg", "x.jpg"),
-        ("eval --extractor nowhere", "nowhere"),
-        ("eval --data nowhere", "nowhere"),
-        ("launch", "launch"),
-    ],
-)
+def cases(text):
+    """[(argv, hint)] of "argv | hint", split by lines and semicolons."""
+    return [tuple(case.strip().split(" | ")) for line in text.strip().splitlines() for case in line.split(";")]
+
+
+@pytest.mark.parametrize("argv, hint", cases(BAD_INPUT))
 def test_bad_input_gets_one_line(argv, hint, run, tmp_path, capsys, monkeypatch):
     if torch.backends.mps.is_available() and "mps" in argv:
         pytest.skip("MPS works here")
@@ -1217,12 +966,17 @@ def test_bad_input_gets_one_line(argv, hint, run, tmp_path, capsys, monkeypatch)
 def test_generate_is_the_same_for_every_n_and_call(run):
     G, _ = gan.load_generator(run)
     for trunc in (None, 0.7):
-        five, eight = (gan.generate(G, n, trunc, seed=1).int() for n in (5, 8))
-        assert (five - eight[:5]).abs().max() <= 1
-    for classes in ([3], [-1], [], ["x"]):
+        five, eight = (gan.generate(G, n, trunc, seed=1) for n in (5, 8))
+        assert (five.int() - eight[:5].int()).abs().max() <= 1
+    images = gan.generate(G, 5, 0.7, [2, 1], seed=3)
+    assert images.shape == (5, 3, 16, 16) and images.dtype == torch.uint8
+    assert torch.equal(images, gan.generate(G, 5, 0.7, [2, 1, 2, 1, 2], 3))
+    for classes, seed in (([0, 1], 3), ([2, 1], 4)):
+        assert not torch.equal(images, gan.generate(G, 5, 0.7, classes, seed))
+    for classes in ([3], [-1], []):
         with pytest.raises(gan.UserError):
             gan.generate(G, 1, classes=classes)
-    odd = gan.Generator(16, 3, 4, 8, 5)
+    odd = gan.Generator(16, 1, 4, 8, 5)
     assert (gan.generate(odd, 3).int() - gan.generate(odd, 7)[:3].int()).abs().max() <= 1
     z, y = gan.sample_z(1, 8, None, torch.Generator().manual_seed(1)), gan.choose_classes(G, 1, seed=1)
     with torch.no_grad():  # a loaded generator is ready to be called
@@ -1230,7 +984,7 @@ def test_generate_is_the_same_for_every_n_and_call(run):
 
 
 class Recorder(gan.Generator):
-    """A generator that keeps what it was called with; with_standing_statistics copies it, so the class holds the list."""
+    """A generator that keeps what it was called with; it is copied before, so the class holds the list."""
 
     calls = []
 
@@ -1246,20 +1000,24 @@ def rendered(skip=20):
     return z, y
 
 
-def test_statistics_are_estimated_once_for_each_state_of_the_weights():
-    G = Recorder(16, 3, 4, 8, 8)
+def test_statistics_are_of_the_trunc_and_what_is_drawn_for_pictures():
+    torch.manual_seed(0)
+    G = Recorder(16, 3, 4, 8, 8).eval()
+    before = {k: v.clone() for k, v in G.state_dict().items()}
     for trunc, calls in ((None, 21), (None, 1), (0.7, 21), (0.7, 1), (None, 1)):
         gan.generate(G, 1, trunc)
         assert len(Recorder.calls) == calls
         Recorder.calls.clear()
+        norm = gan.with_standing_statistics(G, trunc).blocks[0].norm1.norm
+        h = G.linear(gan.sample_z(20_000, 8, trunc)).view(-1, 8, 4, 4)
+        assert torch.allclose(norm.running_mean, h.mean((0, 2, 3)), atol=0.02)
+        assert torch.allclose(norm.running_var, h.var((0, 2, 3)), atol=0.03)
+    assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items())  # G itself stays as it was
     with torch.no_grad():
         G.linear.weight += 1
     gan.generate(gan.with_standing_statistics(G), 1)
     assert len(Recorder.calls) == 21
     Recorder.calls.clear()
-
-
-def test_interpolation_ends_at_its_noise_and_keeps_its_length():
     gan.interpolate(Recorder(16, 3, 4, 8, 8, 3), classes=[2, 0], rows=3, columns=5, seed=4)
     z, y = rendered()
     ends = gan.sample_z(6, 8, generator=torch.Generator().manual_seed(4))
@@ -1267,9 +1025,6 @@ def test_interpolation_ends_at_its_noise_and_keeps_its_length():
     assert torch.allclose(z[0::5], ends[:3], atol=1e-5) and torch.allclose(z[4::5], ends[3:], atol=1e-5)
     a, b = ends[0].norm().item(), ends[3].norm().item()
     assert all(min(a, b) * 0.95 < n < max(a, b) * 1.25 for n in z[:5].norm(dim=1).tolist())
-
-
-def test_grid_has_a_class_a_row_and_a_z_a_column():
     gan.sample_grid(Recorder(16, 3, 4, 8, 8, 3), columns=4)
     z, y = rendered()
     assert y.tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -1278,24 +1033,8 @@ def test_grid_has_a_class_a_row_and_a_z_a_column():
     assert len(rendered()[0].unique(dim=0)) == 32
 
 
-def test_sample_outputs(run, tmp_path):
-    sample = lambda *argv: gan.main(["sample", "--run", str(run), *argv])  # noqa: E731
-    sample("--n", "7", "--out", str(tmp_path / "deep" / "s.npz"))
-    with np.load(tmp_path / "deep" / "s.npz") as file:
-        images, labels = file["images"], file["labels"]
-    assert images.shape == (7, 16, 16, 3) and images.dtype == np.uint8 and labels.tolist() == [0, 0, 0, 1, 1, 2, 2]
-    expected = gan.generate(gan.load_generator(run)[0], 7, classes=labels)
-    assert np.array_equal(images, expected.permute(0, 2, 3, 1).numpy())
-    sample("--n", "7", "--out", str(tmp_path / "folder"))
-    for i, image in enumerate(expected):
-        assert torch.equal(pil_to_tensor(Image.open(tmp_path / "folder" / f"{i:05d}.png")), image)
-    sample("--interpolate", "--classes", "rose 9", "--out", str(tmp_path / "w.png"))
-    assert Image.open(tmp_path / "w.png").size == (10 * 18 + 2, 8 * 18 + 2)
-    sample("--classes", "rose 10,0", "--n", "4", "--out", str(tmp_path / "s.npz"))
-    assert np.load(tmp_path / "s.npz")["labels"].tolist() == [2, 2, 0, 0]
-
-
-def test_eval_writes_scores_and_grids(run, extractor_file, capsys):
+def test_eval(run, folder, extractor_file, tmp_path, capsys, monkeypatch):
+    """It writes scores and grids, matches classes by name, and does without Inception's weights."""
     argv = ["eval", "--run", str(run), "--trunc", "0.5", "none", "--extractor", str(extractor_file), "--n", "30"]
     gan.main(argv)
     out = capsys.readouterr().out
@@ -1304,7 +1043,6 @@ def test_eval_writes_scores_and_grids(run, extractor_file, capsys):
     row = result["scores"][0]
     assert row["network"] == "tiny" and row["dtype"] == "float32" and len(row["weights"]) == 16 and "FD(tiny)" in out
     assert Image.open(run / "eval-trunc-0.5.png").size == Image.open(run / "eval-trunc-none.png").size
-
     # The same by hand.
     network = metrics.load_extractor(extractor_file)
     images, labels, _ = gan.load_images(json.loads((run / "config.json").read_text())["data"], 16, 3)
@@ -1313,29 +1051,17 @@ def test_eval_writes_scores_and_grids(run, extractor_file, capsys):
     real, fake = network(images)[0], network(samples)[0]
     assert abs(row["FD(tiny)"] - metrics.frechet_distance(real, fake)) < 1e-6
     assert row["SWD"] == metrics.sliced_wasserstein(images, samples)
-
-
-def test_eval_matches_classes_by_name(run, folder, extractor_file, tmp_path, capsys, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        gan, "generate", lambda G, n, trunc, classes, seed: drawn.append(classes) or torch.zeros(n, 3, 16, 16).byte()
-    )
+    drawn, generate = [], gan.generate
+    monkeypatch.setattr(gan, "generate", lambda *args: drawn.append(args[3]) or generate(*args))
     argv = ["eval", "--run", str(run), "--extractor", str(extractor_file), "--data", str(tmp_path)]
     for name in ("rose 10", "rose 9"):
         shutil.copytree(folder / name, tmp_path / name)
     gan.main(argv)
     assert sorted(drawn[0]) == [1] * 8 + [2] * 8
     (tmp_path / "rose 9").rename(tmp_path / "tulip")
-    capsys.readouterr()
     assert "no class tulip" in fails(capsys, *argv)
-
-
-def test_eval_without_inception_weights(run, capsys, monkeypatch):
-    monkeypatch.setattr(
-        metrics.Inception_V3_Weights,
-        "get_state_dict",
-        lambda *a, **k: (_ for _ in ()).throw(urllib.error.URLError("offline")),
-    )
+    monkeypatch.setattr(torch.hub, "download_url_to_file", raising(urllib.error.URLError("offline")))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     gan.main(["eval", "--run", str(run), "--trunc", "0.7"])
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "checkpoints" in captured.err and "--extractor" in captured.err
@@ -1343,19 +1069,12 @@ def test_eval_without_inception_weights(run, capsys, monkeypatch):
     assert (run / "eval-trunc-0.7.png").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# metrics: statistics and the Frechet distance
-
-
+# ---- metrics: statistics and the Frechet distance
 MADE_BY = {"network": "n", "weights": "w", "resize": "tf1", "dtype": "float32"}
 
 
 def normal(n, d, seed):
     return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def orthonormal(n, d, seed):
-    return torch.linalg.qr(normal(n, d, seed)).Q
 
 
 def features_of(n, mean, values, basis, seed):
@@ -1365,7 +1084,7 @@ def features_of(n, mean, values, basis, seed):
     return mean + scores * (values * (n - 1)).sqrt() @ basis
 
 
-def test_stats_equal_numpy_in_any_parts(tmp_path):
+def test_stats_equal_numpy_in_any_parts_and_files_are_those_of_pytorch_fid(tmp_path):
     x = normal(3000, 7, 0) @ normal(7, 7, 1) + 1000  # far from zero: sums of squares would lose digits
     mean, cov = x.numpy().mean(0), np.cov(x.numpy(), rowvar=False)
     stats = metrics.FeatureStats(7)
@@ -1378,9 +1097,6 @@ def test_stats_equal_numpy_in_any_parts(tmp_path):
     for s in (stats, merged, metrics.FeatureStats.load(tmp_path / "stats.npz")):
         assert s.n == 3000 and np.abs(s.mean.numpy() - mean).max() < 1e-9 and np.abs(s.cov.numpy() - cov).max() < 1e-9
     assert sum(map(len, stats._pending)) + len(stats.factor) <= 1024 + 7  # nothing that grows with n
-
-
-def test_stats_files_are_those_of_pytorch_fid(tmp_path):
     x, y = normal(30, 4, 0), normal(9, 4, 1)
     mu, sigma = x.numpy().mean(0), np.cov(x.numpy(), rowvar=False)
     np.savez(tmp_path / "theirs.npz", mu=mu, sigma=sigma, weights="w")  # half a made_by is none
@@ -1403,9 +1119,9 @@ RANKS = {"full": (24, 0, 0), "overlapping": (6, 5, 9), "disjoint": (0, 7, 8), "n
 @pytest.mark.parametrize("far", [0, 1000])
 @pytest.mark.parametrize("n", [(25, 25), (26, 4000), (300, 500)])
 @pytest.mark.parametrize("ranks", RANKS)
-def test_frechet_distance_of_commuting_covariances(ranks, n, far, tmp_path):
+def test_frechet_distance_of_commuting_covariances(ranks, n, far):
     both, first, second = RANKS[ranks]
-    basis = orthonormal(24, 24, 0)
+    basis = torch.linalg.qr(normal(24, 24, 0)).Q
     a, b = (torch.logspace(0, -2, 24, dtype=torch.float64) ** power for power in (1, 0.5))
     a[both + first :], b[:both], b[both : both + first] = 0, b[:both], 0
     b[both + first + second :] = 0
@@ -1413,14 +1129,10 @@ def test_frechet_distance_of_commuting_covariances(ranks, n, far, tmp_path):
     expected = ((mean[0] - mean[1]) ** 2).sum() + ((a.sqrt() - b.sqrt()) ** 2).sum()
     x, y = features_of(n[0], mean[0], a, basis, 2), features_of(n[1], mean[1], b, basis, 3)
     assert abs(metrics.frechet_distance(x, y) - expected) < 1e-9
-    # The order of samples, a rotation, parts and files change nothing.
-    turn, order = orthonormal(24, 24, 4), torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    # The order of samples and a rotation change nothing.
+    turn, generator = torch.linalg.qr(normal(24, 24, 4)).Q, torch.Generator().manual_seed(0)
+    order = torch.randperm(len(x), generator=generator)
     assert abs(metrics.frechet_distance(x[order] @ turn, y @ turn) - expected) < 1e-9
-    stats = metrics.FeatureStats(24).update(x[:3]).merge(metrics.FeatureStats(24).update(x[3:9]).update(x[9:]))
-    stats.save(tmp_path / "x.npz")
-    assert abs(metrics.frechet_distance(stats, y) - expected) < 1e-9
-    if not far:  # sigma alone has lost the digits that the mean's size takes
-        assert abs(metrics.frechet_distance(metrics.FeatureStats.load(tmp_path / "x.npz"), y) - expected) < 1e-9
     # From moments, as close as sigma's own rounding allows.
     moments = (metrics.FeatureStats.from_moments(m, basis.T @ torch.diag(v) @ basis) for m, v in zip(mean, (a, b)))
     assert abs(metrics.frechet_distance(*moments) - expected) < 1e-9
@@ -1431,10 +1143,8 @@ def test_frechet_distance_against_high_precision(n):
     """Covariances that do not commute, regular and singular, in 60 digits by the eigenvalues of their product."""
     mp = mpmath.mp.clone()
     mp.dps = 60
-    x, y = (
-        normal(n[0], 10, 0) * torch.logspace(0, -3, 10, dtype=torch.float64) + 3,
-        normal(n[1], 10, 1) @ normal(10, 10, 2),
-    )
+    x = normal(n[0], 10, 0) * torch.logspace(0, -3, 10, dtype=torch.float64) + 3
+    y = normal(n[1], 10, 1) @ normal(10, 10, 2)
 
     def moments(x):
         x = mp.matrix(x.tolist())
@@ -1457,8 +1167,6 @@ def test_frechet_distance_of_equal_and_nearly_equal_sets():
         for y in (x, x.flip(0), metrics.FeatureStats(d).update(x[:1]).update(x[1:])):
             assert 0 <= metrics.frechet_distance(x, y) < 1e-9
         assert abs(metrics.frechet_distance(x, x + 2) - 4 * d) < 1e-9
-    x, y = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [4.0], [8.0]])
-    assert abs(metrics.frechet_distance(x, y) - ((2 - 4) ** 2 + (2**0.5 - 4) ** 2)) < 1e-12
     x = normal(300, 40, 1)
     x -= x.mean(0)
     for power in (1, 3, 7, 11, 15, 19):  # y = (1 + e) x is e^2 tr A away; the traces would cancel
@@ -1467,10 +1175,7 @@ def test_frechet_distance_of_equal_and_nearly_equal_sets():
         assert abs(metrics.frechet_distance(x, scale * x) / expected - 1) < 1e-9
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# metrics: the other scores
-
-
+# ---- metrics: the other scores
 def test_inception_score_closed_forms():
     logits = normal(64, 4, 0)
     p = logits.exp().numpy() / logits.exp().numpy().sum(1, keepdims=True)
@@ -1480,10 +1185,6 @@ def test_inception_score_closed_forms():
     expected = [score(p[split == i]) for i in range(3)]
     mean, std = metrics.inception_score(logits, splits=3, seed=5)
     assert abs(mean - np.mean(expected)) < 1e-9 and abs(std - np.std(expected)) < 1e-9
-    stats = metrics.PredictionStats(4, 3, seed=5)
-    for part in logits.split([1, 30, 0, 33]):
-        stats.update(part)
-    assert np.abs(np.subtract(stats.score(), (mean, std))).max() < 1e-12
     one_hot = torch.eye(5).repeat_interleave(40, dim=0) * 1000  # sorted by class
     for x, splits, true in ((logits, 1, score(p)), (one_hot, 5, 5), (torch.zeros(30, 5), 10, 1), (logits[:4], 10, 1)):
         mean, std = metrics.inception_score(x, splits)
@@ -1492,16 +1193,13 @@ def test_inception_score_closed_forms():
     assert 4 < metrics.inception_score(in_turn, splits=5)[0] < 5
 
 
-def test_kernel_distance_equals_the_double_sum():
+def test_kernel_distance_precision_and_recall_equal_their_definitions_ties_included():
     x, y = normal(7, 3, 0), normal(5, 3, 1) + 1
     k = lambda a, b: (float(a @ b) / 3 + 1) ** 3
     pairs = [[k(z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if i != j] for z in (x, y)]
     expected = np.mean(pairs[0]) + np.mean(pairs[1]) - 2 * np.mean([k(a, b) for a in x for b in y])
     for block in (512, 2):
         assert abs(metrics.kernel_distance(x, y, block) - expected) < 1e-9
-
-
-def test_precision_recall_equal_their_definitions():
     real, fake, k = normal(40, 2, 0), normal(30, 2, 1) * 0.7 + 0.5, 3
     distance = lambda a, b: math.dist(a.tolist(), b.tolist())
     radius = lambda x, i: sorted(distance(x[i], other) for other in x)[k]
@@ -1513,9 +1211,6 @@ def test_precision_recall_equal_their_definitions():
         scores = metrics.precision_recall(real + shift, fake + shift, k, block)
         assert scores.keys() == expected.keys() and all(abs(scores[name] - expected[name]) < 1e-9 for name in scores)
     assert set(metrics.precision_recall(real, fake + 100, k).values()) == {0}
-
-
-def test_precision_recall_of_ties():
     point = lambda *x: torch.tensor(x, dtype=torch.float64)[:, None] + 1000.1
     # Balls of k = 1 around 0, 1, 3, 10: [-1,1], [0,2], [1,5], [3,17]; around 0.5, 4, 30: [-3,4], [0.5,7.5], [4,56].
     scores = metrics.precision_recall(point(0, 1, 3, 10), point(0.5, 4, 30), k=1)
@@ -1531,7 +1226,23 @@ def test_precision_recall_of_ties():
     assert scores == {"precision": 2 / 3, "recall": 1, "density": 0, "coverage": 0}
 
 
-def test_laplacian_pyramid():
+def test_sliced_wasserstein_of_a_laplacian_pyramid():
+    noise, more = pixels(40, 3, 32, 32), pixels(30, 3, 32, 32, seed=1)
+    smooth = F.avg_pool2d(more.float(), 3, 1, 1).round().to(torch.uint8)
+    near = metrics.sliced_wasserstein(noise, more)
+    assert 0 < near * 1.3 < metrics.sliced_wasserstein(noise, smooth)
+    assert metrics.sliced_wasserstein(noise, noise) < 1e-2
+    assert metrics.sliced_wasserstein(noise.numpy(), more) == near != metrics.sliced_wasserstein(noise, more, seed=1)
+    flat = torch.zeros(8, 1, 16, 16, dtype=torch.uint8)
+    flat[:, :, -1, -1] = 200  # one of the 100 places of a patch reaches this corner
+    patches = metrics.laplacian_patches(flat, torch.Generator().manual_seed(0))[(1, 16, 16)]
+    assert patches.shape == (8 * 128, 1, 7, 7) and patches[:, :, :-1].max() == 0
+    assert 0 < (patches.amax(dim=(1, 2, 3)) == 200).double().mean() < 0.02
+    # Patches of one value: all directions are its own, up to its sign, and sorting matches the samples.
+    a, b = normal(50, 1, 0).float()[..., None, None], normal(50, 1, 1).float()[..., None, None].exp()
+    line = [np.sort(((x - x.mean()) / x.std()).flatten().numpy()) for x in (a, b)]
+    distance = metrics.slice_distance(a, b, torch.Generator().manual_seed(0))
+    assert abs(distance - 1000 * np.abs(line[0] - line[1]).mean()) < 1e-2
     x = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))
     fine, rest = metrics.laplacian_pyramid(x)
     taps = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
@@ -1546,42 +1257,18 @@ def test_laplacian_pyramid():
     assert np.abs(fine[1, 2].numpy() - (x[1, 2].double().numpy() - blurred(spread))).max() < 1e-5
 
 
-def test_slice_distance_in_one_dimension():
-    """Patches of one value: all directions are that value's, up to its sign, and sorting matches the samples."""
-    a, b = normal(50, 1, 0).float()[..., None, None], normal(50, 1, 1).float()[..., None, None].exp()
-    line = [np.sort(((x - x.mean()) / x.std()).flatten().numpy()) for x in (a, b)]
-    distance = metrics.slice_distance(a, b, torch.Generator().manual_seed(0))
-    assert abs(distance - 1000 * np.abs(line[0] - line[1]).mean()) < 1e-2
-
-
-def test_sliced_wasserstein():
-    noise, more = pixels(40, 3, 32, 32), pixels(30, 3, 32, 32, seed=1)
-    smooth = F.avg_pool2d(more.float(), 3, 1, 1).round().to(torch.uint8)
-    near = metrics.sliced_wasserstein(noise, more)
-    assert (
-        0 < near * 1.3 < metrics.sliced_wasserstein(noise, smooth) and metrics.sliced_wasserstein(noise, noise) < 1e-2
-    )
-    assert metrics.sliced_wasserstein(noise.numpy(), more) == near != metrics.sliced_wasserstein(noise, more, seed=1)
-    flat = torch.zeros(8, 1, 16, 16, dtype=torch.uint8)
-    flat[:, :, -1, -1] = 200  # one of the 100 places of a patch reaches this corner
-    patches = metrics.laplacian_patches(flat, torch.Generator().manual_seed(0))[(1, 16, 16)]
-    assert patches.shape == (8 * 128, 1, 7, 7) and patches[:, :, :-1].max() == 0
-    assert 0 < (patches.amax(dim=(1, 2, 3)) == 200).double().mean() < 0.02
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# metrics: measuring and extractors
-
-
+# ---- metrics: measuring and extractors
 def pixels(*shape, seed=0):
     return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def test_measure_takes_tensors_arrays_and_batches(extractor_file):
+def test_measure_takes_tensors_arrays_and_batches_and_caches_features(tmp_path, extractor_file, monkeypatch):
     network, images = metrics.load_extractor(extractor_file), pixels(50, 3, 8, 12)
     features, logits = network(images)
     plain = F.interpolate(images.float() / 255, size=(4, 4), mode="bilinear").flatten(1)
     assert (features - plain).abs().max() < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(images)[1], logits)
     array = images.numpy()
     frozen = array.copy()
     frozen.flags.writeable = False
@@ -1590,50 +1277,9 @@ def test_measure_takes_tensors_arrays_and_batches(extractor_file):
         summary = metrics.measure(network, given)
         assert summary.n == 50 and (summary.features - features).abs().max() < 1e-6
         assert np.abs(np.subtract(summary.predictions.score(), metrics.inception_score(logits))).max() < 1e-6
-    gray = metrics.measure(network, images[:, :1]).features
-    assert torch.equal(gray, metrics.measure(network, images[:, :1].expand(-1, 3, -1, -1)).features)
     for wrong in (images / 255, images.int(), array / 255, images[0], images[:, :2], ["no"], [images[0]], []):
         with pytest.raises(metrics.UserError, match="uint8|no image"):
             metrics.measure(network, wrong)
-
-
-def test_measure_streams_in_constant_memory(extractor_file):
-    network, whole, before, done = metrics.load_extractor(extractor_file), pixels(80, 3, 8, 8), [], []
-    program = network.network
-
-    def watched(x):
-        features, logits = program(x)
-        before.append(weakref.ref(features))
-        return features, logits
-
-    def samples():
-        for i in range(10):
-            assert all(tensor() is None for tensor in before[:-2])  # only the last batch and its features live
-            batch = whole[8 * i : 8 * i + 8].clone()
-            before.append(weakref.ref(batch))
-            yield batch
-
-    network.network = watched
-
-    streamed = metrics.measure(network, samples(), keep=False, progress=lambda *x: done.append(x))
-    assert len(before) == 20 and streamed.n == 80 and streamed.features is None
-    assert (16, None) in done and done[-1] == (80, 80)
-    kept = metrics.measure(network, whole, progress=lambda *x: done.append(x))
-    assert done[-1] == (80, 80) and metrics.frechet_distance(streamed.stats, kept.features) < 1e-12
-    assert np.abs(np.subtract(streamed.predictions.score(), kept.predictions.score())).max() < 1e-12
-    names = ["FD(tiny)", "IS(tiny)", "IS std", "KID(tiny)", "precision", "recall", "density", "coverage"]
-    assert list(metrics.compare(kept, streamed)) == names[:3] and list(metrics.compare(kept, kept)) == names
-    alone = metrics.measure(metrics.Extractor(lambda x: x.mean(dim=(2, 3)), "net", "0" * 16), whole)
-    assert list(metrics.compare(alone, alone)) == ["FD(net)", "KID(net)", *names[4:]]
-    for fake, name in ((streamed, "kid"), (streamed, "prdc"), (kept, "swd"), (alone, "is")):
-        with pytest.raises(metrics.UserError, match=f"{name} is not"):
-            metrics.compare(alone if fake is alone else kept, fake, [name])
-    with pytest.raises(metrics.UserError, match="finite"):
-        metrics.measure(metrics.Extractor(lambda x: x.mean(dim=(2, 3)) / 0, "net", "0" * 16), whole)
-    assert "neighbour 3, not 5" in str(metrics.notes(kept, metrics.measure(network, whole[:4])))
-
-
-def test_features_are_cached(tmp_path, extractor_file, monkeypatch):
     network, images, looks, measure = metrics.load_extractor(extractor_file), pixels(20, 3, 8, 8), [], metrics.measure
     monkeypatch.setattr(metrics, "measure", lambda *x, **options: looks.append(1) or measure(*x, **options))
     cached = lambda: metrics.measure_cached(network, images, tmp_path / "cache")
@@ -1654,6 +1300,39 @@ def test_features_are_cached(tmp_path, extractor_file, monkeypatch):
     assert metrics.measure_cached(network, images, file / "no folder").n == 20
 
 
+def test_measure_streams_in_constant_memory(extractor_file):
+    network, whole, before, done = metrics.load_extractor(extractor_file), pixels(80, 3, 8, 8), [], []
+    program = network.network
+
+    def watched(x):
+        features, logits = program(x)
+        before.append(weakref.ref(features))
+        return features, logits
+
+    def samples():
+        for i in range(10):
+            assert all(tensor() is None for tensor in before[:-2])  # only the last batch and its features live
+            batch = whole[8 * i : 8 * i + 8].clone()
+            before.append(weakref.ref(batch))
+            yield batch
+
+    network.network = watched
+    streamed = metrics.measure(network, samples(), keep=False, progress=lambda *x: done.append(x))
+    assert len(before) == 20 and streamed.n == 80 and streamed.features is None
+    assert (16, None) in done and done[-1] == (80, 80)
+    kept = metrics.measure(network, whole, progress=lambda *x: done.append(x))
+    assert done[-1] == (80, 80) and metrics.frechet_distance(streamed.stats, kept.features) < 1e-12
+    assert np.abs(np.subtract(streamed.predictions.score(), kept.predictions.score())).max() < 1e-12
+    names = ["FD(tiny)", "IS(tiny)", "IS std", "KID(tiny)", "precision", "recall", "density", "coverage"]
+    assert list(metrics.compare(kept, streamed)) == names[:3] and list(metrics.compare(kept, kept)) == names
+    alone = metrics.measure(metrics.Extractor(lambda x: x.mean(dim=(2, 3)), "net", "0" * 16), whole)
+    assert list(metrics.compare(alone, alone)) == ["FD(net)", "KID(net)", *names[4:]]
+    for fake, name in ((streamed, "kid"), (streamed, "prdc"), (kept, "swd"), (alone, "is")):
+        with pytest.raises(metrics.UserError, match=f"{name} is not"):
+            metrics.compare(alone if fake is alone else kept, fake, [name])
+    assert "neighbour 3, not 5" in str(metrics.notes(kept, metrics.measure(network, whole[:4])))
+
+
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
     """{1000: file, 1008: file} with random weights of Inception v3; the scores that come of them are nobody's."""
@@ -1665,10 +1344,8 @@ def inception_weights(tmp_path_factory):
             if isinstance(m, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(m.weight)
             elif isinstance(m, torch.nn.BatchNorm2d):
-                m.running_mean.normal_(0, 0.1)
-                m.running_var.uniform_(0.5, 1.5)
-                torch.nn.init.uniform_(m.weight, 0.5, 1.5)
-                torch.nn.init.normal_(m.bias, 0, 0.1)
+                m.running_mean.normal_(0, 0.1), m.bias.data.normal_(0, 0.1)
+                m.running_var.uniform_(0.5, 1.5), m.weight.data.uniform_(0.5, 1.5)
         files[classes] = folder / f"random-{classes}.pth"
         torch.save(net.state_dict(), files[classes])
     return files
@@ -1788,7 +1465,6 @@ def test_programs_never_unpickle(tmp_path, extractor_file, caplog, capfd):
         ("weights_config.json", config("weight_9"), ("weight_9", pickled.getvalue())),
         ("constants_config.json", config("opaque_obj_0"), ("opaque_obj_0", pickle.dumps(payload))),
         ("archive_version", b"0", ("data/aotinductor/model/m.so", b"a library")),
-        ("weights_config.json", config("weight_8")),  # a part that is missing
     ]
     for i, change in enumerate([*changes, extractor_file.read_bytes()[:1000], torn]):
         file = tmp_path / f"{i}.pt2"
@@ -1801,10 +1477,7 @@ def test_programs_never_unpickle(tmp_path, extractor_file, caplog, capfd):
     assert metrics.load_extractor(tmp_path / "same.pt2")(pixels(2, 3, 8, 8))[0].shape == (2, 48)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# metrics: files
-
-
+# ---- metrics: files
 def npz(place=None, change=b"", **arrays):
     """The bytes of an .npz with a change at a place, counted from the first entry of its directory if negative."""
     file = io.BytesIO()
@@ -1821,31 +1494,24 @@ def npy(header):
 
 
 ZEROS = {"mu": np.zeros(2), "sigma": np.eye(2)}
-DAMAGED = {  # name: (the error that NumPy raises, the file)
-    "empty": (EOFError, b""),
-    "pickle": (ValueError, pickle.dumps({"mu": 0})),
-    "cut": (zipfile.BadZipFile, npz(**ZEROS)[:-30]),
-    "deflate": (zlib.error, npz(56, b"\xff" * 9, mu=np.arange(999.0))),
-    "method": (NotImplementedError, npz(-10, b"\x63", **ZEROS)),
-    "encrypted": (RuntimeError, npz(-8, b"\x01", **ZEROS)),
-    "header": (tokenize.TokenError, npy(b"{'descr': (\n")),
-    "giant": (MemoryError, npy(b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,)}\n")),
-    "infinite n": (OverflowError, npz(**ZEROS, n=np.inf)),
-    "no sigma": (KeyError, npz(mu=np.zeros(3))),
-    "objects": (ValueError, npz(mu=np.array([{}]), sigma=np.eye(1))),
-    "negative": (None, npz(mu=np.zeros(2), sigma=-np.eye(2))),
-    "nan": (None, npz(mu=np.zeros(2), sigma=np.eye(2) * np.nan)),
-    "an .npy": (None, npy(b"{'descr': '|u1', 'fortran_order': False, 'shape': (1,)}\n") + b"1"),
+DAMAGED = {  # NumPy raises an error of another kind for each of the first seven
+    "empty": b"",
+    "cut": npz(**ZEROS)[:-30],
+    "deflate": npz(56, b"\xff" * 9, mu=np.arange(999.0)),
+    "method": npz(-10, b"\x63", **ZEROS),
+    "encrypted": npz(-8, b"\x01", **ZEROS),
+    "giant": npy(b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,)}\n"),
+    "infinite n": npz(**ZEROS, n=np.inf),
+    "negative": npz(mu=np.zeros(2), sigma=-np.eye(2)),
+    "nan": npz(mu=np.zeros(2), sigma=np.eye(2) * np.nan),
+    "an .npy": npy(b"{'descr': '|u1', 'fortran_order': False, 'shape': (1,)}\n") + b"1",
 }
 
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_arrays_are_one_sentence(name, tmp_path, folder, capsys):
-    (kind, data), file = DAMAGED[name], tmp_path / "file.npz"
-    file.write_bytes(data)
-    if kind:
-        with pytest.raises(kind), np.load(file) as content:
-            int(content["n"]) if "n" in content else [content[key] for key in ("mu", "sigma")]
+    file = tmp_path / "file.npz"
+    file.write_bytes(DAMAGED[name])
     with pytest.raises(metrics.UserError, match="file.npz [^\n]*$"):
         metrics.FeatureStats.load(file)
     assert "file.npz" in metrics_fail(capsys, folder, file, "--extractor", "nowhere")
@@ -1865,52 +1531,28 @@ def test_files_are_written_atomically(failure, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(failure):
         patch.setattr(np, "savez", fail)
         stats.save(file)
-    assert names == {tmp_path} and list(tmp_path.iterdir()) == [file]
-    (tmp_path / ".00.tmp").symlink_to(file)
-    monkeypatch.setattr(metrics.secrets, "token_hex", lambda n: "00")
-    with pytest.raises(FileExistsError):  # a link that lies there already is not written through
-        stats.save(tmp_path / "other.npz")
-    assert file.read_bytes() == before
+    assert names == {tmp_path} and list(tmp_path.iterdir()) == [file] and file.read_bytes() == before
 
 
 def test_folder_reads_every_image_and_names_the_rest(tmp_path, extractor_file, capsys):
-    root, elsewhere, image = tmp_path / "root", tmp_path / "elsewhere", to_pil_image(pixels(3, 9, 8))
-    for place in (root / "a", elsewhere):
-        place.mkdir(parents=True)
+    folder = tmp_path / "a"
+    folder.mkdir()
     for name, kind in (("1.png", "PNG"), ("2.gif", "GIF"), ("3.jfif", "JPEG"), ("4", "WEBP")):
-        image.save(root / "a" / name, kind)
-    write_picture(pixels(3, 30, 9), elsewhere / "6.png")
-    (root / "b").symlink_to(elsewhere)  # a class that is a link
-    (root / "b/loop").symlink_to(root)
-    Image.fromarray(np.full((9, 9), 40000, np.uint16)).save(root / "a/deep.png")
-    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(root / "a/float.tiff")
-    (root / "a/notes.txt").write_text("no picture")
-    images, network = metrics.Folder(root), metrics.load_extractor(extractor_file)
+        to_pil_image(pixels(3, 9, 8)).save(folder / name, kind)
+    to_pil_image(pixels(3, 30, 9)).save(folder / "6.png")
+    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(folder / "float.tiff")
+    (folder / "notes.txt").write_text("no picture")
+    images, network = metrics.Folder(tmp_path), metrics.load_extractor(extractor_file)
     read = list(metrics.batches(images, 4))
-    assert sum(map(len, read)) == len(images) == 6 and max(map(len, read)) <= 4
-    assert (next(batch for batch in read if batch.shape[1:] == (3, 9, 9)) == round(40000 / 257)).all()
+    assert sum(map(len, read)) == len(images) == 5 and max(map(len, read)) <= 4
     files = [file for file in images.files if file not in images.skipped]  # features come in their order
-    singles = torch.cat([network(metrics.read_image(root / file)[None])[0] for file in files])
+    singles = torch.cat([network(metrics.read_image(tmp_path / file)[None])[0] for file in files])
     assert (metrics.measure(network, images).features - singles).abs().max() < 1e-6
-    note = scores_of(capsys, root, root, "--extractor", extractor_file)["notes"][-1]
-    assert f"{root}: skipped 2 files" in note and "a/float.tiff (floating-point" in note and "a/notes.txt (" in note
+    note = scores_of(capsys, tmp_path, tmp_path, "--extractor", extractor_file)["notes"][-1]
+    assert f"{tmp_path}: skipped 2 files" in note and "a/float.tiff (floating-point" in note and "a/notes.txt (" in note
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "disk"), PermissionError(errno.EACCES, "no"), MemoryError()])
-def test_other_errors_end_the_call(error, folder, monkeypatch, capsys):
-    def fail(path):
-        raise error
-
-    monkeypatch.setattr(metrics.Path, "read_bytes", fail)
-    with pytest.raises(type(error)):
-        list(metrics.batches(metrics.Folder(folder), 8))
-    assert (str(error) or "out of memory") in metrics_fail(capsys, folder, folder, "--metrics", "swd")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# metrics: the command
-
-
+# ---- metrics: the command
 def metrics_fail(capsys, *argv):
     """The one line that a command ends with; asserts exit status 2."""
     capsys.readouterr()
@@ -1932,12 +1574,12 @@ def test_command_reads_folders_arrays_and_statistics(tmp_path, folder, extractor
     hwc, use = images.permute(0, 2, 3, 1).numpy(), ["--extractor", extractor_file]
     np.savez(tmp_path / "chw.npz", images=images.numpy())
     np.savez(tmp_path / "other.npz", images=hwc // 2)
-    for name, array in (
-        ("hwc", hwc),
-        ("gray", hwc[..., 0]),
-        ("spread", hwc[..., [0] * 3]),
-        ("small", hwc[:, ::2, ::2]),
-    ):
+    for name, array in {
+        "hwc": hwc,
+        "gray": hwc[..., 0],
+        "spread": hwc[..., [0] * 3],
+        "small": hwc[:, ::2, ::2],
+    }.items():
         np.save(tmp_path / f"{name}.npy", array)
     score = lambda real, fake, *more: scores_of(capsys, tmp_path / real, tmp_path / fake, *use, *more)
     whole = score(folder, "other.npz")
@@ -1957,47 +1599,32 @@ def test_command_reads_folders_arrays_and_statistics(tmp_path, folder, extractor
     saved = saved["scores"]
     assert list(saved) == ["FD(tiny)", "IS(tiny)", "IS std"] and abs(saved["FD(tiny)"] - expected["FD(tiny)"]) < 1e-9
     assert scores_of(capsys, *[tmp_path / "real.npz"] * 2)["scores"]["FD(tiny)"] < 1e-9  # no network is loaded
-    # Another tool's file: no word on what made it, and images beside statistics, which count where those do not suffice.
-    with np.load(tmp_path / "real.npz") as file:
-        np.savez(tmp_path / "both.npz", arr_0=hwc, mu=file["mu"] + 1, sigma=file["sigma"])
+    np.savez(tmp_path / "both.npz", arr_0=hwc, mu=np.zeros(48), sigma=np.eye(48))  # another tool's; images count first
     assert score("both.npz", "other.npz")["scores"] == pytest.approx(expected, abs=1e-9)
-    foreign = score("both.npz", "other.npz", "--metrics", "fid")
-    assert foreign["n_real"] is None and "do not say" in str(foreign["notes"])
-    assert list(foreign["scores"]) == ["FD(tiny)"] and foreign["scores"]["FD(tiny)"] > expected["FD(tiny)"] + 1
+    assert "do not say" in str(score("both.npz", "other.npz", "--metrics", "fid")["notes"])
     swd = scores_of(capsys, folder, tmp_path / "other.npz", "--metrics", "swd", "--extractor", "nowhere")
     assert list(swd["scores"]) == ["SWD"] and "network" not in swd and swd["n_fake"] == 24
 
 
+COMMAND_ERRORS = """
+{folder} | --out;  {folder} --out {tmp}/stats.txt | an .npz;  {folder} --out {tmp}/stats.npz --metrics fid | FAKE
+{folder} --out {tmp}/keys.npz | no feature statistics;  {folder} {tmp}/nowhere | neither a folder
+{folder} {tmp}/empty | 0 images;  {folder} {tmp}/text --extractor {tiny} | no image;  {folder} {tmp}/floats.npy | uint8
+{folder} {tmp}/keys.npz | holds neither;  {folder} {tmp}/wide.npz --extractor {tiny} --metrics fid | dimensions
+{tmp}/clean.npz {folder} --extractor {tiny} | resize clean;  {folder} {folder} --metrics fid,foo | no score 'foo'
+{tmp}/clean.npz {folder} --metrics kid --extractor {tiny} | kid needs images;  {folder} {folder} --device tpu | device
+{folder} {folder} --resize nearest | --resize;  {folder} {folder} --resize clean --extractor {tiny} | fixes its own
+"""
+
+
 @pytest.mark.parametrize(
-    "argv,hint",
-    [
-        ("{folder}", "--out"),
-        ("{folder} --out {tmp}/stats.txt", "an .npz"),
-        ("{folder} --out {tmp}/stats.npz --metrics fid", "FAKE"),
-        ("{folder} --out {tmp}/keys.npz", "no feature statistics"),
-        ("{folder} {tmp}/nowhere", "neither a folder"),
-        ("{folder} {tmp}/empty", "0 images"),
-        ("{folder} {tmp}/text --extractor {tiny}", "no image"),
-        ("{folder} {tmp}/floats.npy", "uint8"),
-        ("{folder} {tmp}/keys.npz", "holds neither"),
-        ("{folder} {tmp}/wide.npz --extractor {tiny} --metrics fid", "dimensions"),
-        ("{tmp}/clean.npz {folder} --extractor {tiny}", "resize clean"),
-        ("{tmp}/clean.npz {folder} --metrics kid --extractor {tiny}", "kid needs images"),
-        ("{folder} {folder} --metrics fid,foo", "no score 'foo'"),
-        ("{folder} {folder} --device tpu", "device"),
-        ("{folder} {folder} --resize nearest", "--resize"),
-        ("{folder} {folder} --resize clean --extractor {tiny}", "fixes its own"),
-        ("{folder} {folder} --extractor {tmp}/" + "long/" * 90, "no extractor"),
-    ],
+    "argv,hint", [*cases(COMMAND_ERRORS), ("{folder} {folder} --extractor {tmp}/" + "long/" * 90, "no extractor")]
 )
 def test_command_errors(argv, hint, tmp_path, folder, extractor_file, capsys):
-    for name in ("empty", "text"):
-        (tmp_path / name).mkdir()
-    for i in range(3):
-        (tmp_path / f"text/{i}.png").write_text("no picture")
-    images = np.zeros((4, 8, 8, 3), np.uint8)
-    np.save(tmp_path / "floats.npy", images / 255)
-    np.savez(tmp_path / "keys.npz", pictures=images)
+    (tmp_path / "empty").mkdir(), (tmp_path / "text").mkdir()
+    (tmp_path / "text/0.png").write_text("no picture"), (tmp_path / "text/1.png").write_text("no picture")
+    np.save(tmp_path / "floats.npy", np.zeros((4, 8, 8, 3)))
+    np.savez(tmp_path / "keys.npz", pictures=np.zeros((4, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "wide.npz", mu=np.zeros(5), sigma=np.eye(5))
     metrics.FeatureStats(48, {**MADE_BY, "resize": "clean"}).update(normal(60, 48, 0)).save(tmp_path / "clean.npz")
     before = sorted(tmp_path.rglob("*"))
@@ -2007,12 +1634,10 @@ def test_command_errors(argv, hint, tmp_path, folder, extractor_file, capsys):
 
 
 def test_refusals():
-    x, stats = normal(5, 3, 0), metrics.FeatureStats
+    x = normal(5, 3, 0)
     for call, hint in (
-        (lambda: metrics.frechet_distance(x, normal(5, 4, 0)), "dimensions"),
         (lambda: metrics.frechet_distance(x[:1], x), "at least 2"),
         (lambda: metrics.frechet_distance(x.abs() / 0, x), "finite"),
-        (lambda: stats(3, {**MADE_BY, "resize": "no"}).merge(stats(3, MADE_BY)), "resize no.*tf1"),
         (lambda: metrics.inception_score(x[:0]), "at least 1"),
         (lambda: metrics.kernel_distance(x[:1], x), ">= 2"),
         (lambda: metrics.precision_recall(x, x, k=5), "from 1 to 4"),
@@ -2029,9 +1654,8 @@ def test_names_that_no_terminal_can_show(tmp_path, extractor_file, monkeypatch):
     network, out, err = root / os.fsdecode(b"net\xe9.pt2"), *(io.TextIOWrapper(io.BytesIO(), "ascii") for _ in range(2))
     network.write_bytes(extractor_file.read_bytes())
     for i in range(3):
-        write_picture(pixels(3, 8, 8, seed=i), root / f"{i}.png")
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", err)
+        to_pil_image(pixels(3, 8, 8, seed=i)).save(root / f"{i}.png")
+    monkeypatch.setattr(sys, "stdout", out), monkeypatch.setattr(sys, "stderr", err)
     argv = [str(root), str(root), "--extractor", str(network)]
     assert metrics.main(argv) == 0 and metrics.main([*argv, "--out", str(root / "s.npz"), "--json"]) == 0
     assert metrics.main([str(root), str(root / "nowhere"), *argv[2:]]) == 2
@@ -2063,14 +1687,10 @@ def test_progress_on_any_stream(terminal, total, monkeypatch):
 
 
 def test_interrupts_are_quiet(tmp_path, monkeypatch, capsys):
-    def interrupt(args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(metrics, "run", interrupt)
+    monkeypatch.setattr(metrics, "run", raising(KeyboardInterrupt))
     assert metrics.main(["a", "b"]) == 130 and capsys.readouterr() == ("", "")
     kill = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
     (tmp_path / "torch.py").write_text(kill)  # Ctrl-C while torch is imported
-    script = tmp_path / "metrics.py"
-    script.write_text((HERE / "metrics.py").read_text())
-    done = subprocess.run([sys.executable, script, "a", "b"], capture_output=True, text=True, timeout=60)
+    shutil.copy(HERE / "metrics.py", tmp_path)
+    done = command("metrics.py", "a", "b", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
