@@ -4,6 +4,7 @@
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import inspect
 import io
 import json
@@ -605,7 +606,8 @@ def test_a_failure_at_any_write_loses_nothing(folder, tmp_path, monkeypatch):
         config = gan.Config(**options, name=f"{k}")
         try:
             gan.train(config)
-            assert k == 8  # config.json, log, two checkpoints, grids and curves
+            drawn = 2 if importlib.util.find_spec("matplotlib") else 0
+            assert k == 6 + drawn  # config.json, the log, two checkpoints, two grids; and two pictures of curves
             break
         except OSError as error:
             assert str(tmp_path / f"{k}") in str(error)
