@@ -567,7 +567,8 @@ def load_images(data, size, channels, data_dir="data"):
     if None in names and any(names):
         say(f"no classes, since {items[content['kept'][names.index(None)]]} lies beside the sub-folders")
     classes = [] if None in names else sorted(set(names), key=natural)
-    return content["images"], torch.tensor([classes.index(name) if classes else 0 for name in names]), classes
+    index = {name: i for i, name in enumerate(classes)}
+    return content["images"], torch.tensor([index.get(name, 0) for name in names]), classes
 
 
 def open_folder(folder):
@@ -987,6 +988,8 @@ def join(name):
         torch.zeros(1, device=device).item()
     except Exception as error:  # of many kinds, by what torch was built with
         raise UserError(f"no device {name!r} here: {str(error)[:100]}")
+    if launched and device.type == "cuda":
+        torch.cuda.set_device(device)
     if launched and not dist.is_initialized():  # hours, since the others wait while one decodes the images
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=6))
     return device
@@ -1048,6 +1051,7 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
         real = metrics.measure_cached(network, images, cache_folder(), metrics.show_progress(f"{network.name}, images"))
     except metrics.WeightsMissing as error:
         network, done["notes"] = None, [str(error)]
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
     for trunc in truncs:
         samples = generate(G, n or len(images), trunc, classes, seed)
         row = {"trunc": trunc, "n": len(samples), "SWD": metrics.sliced_wasserstein(images, samples)}
@@ -1057,7 +1061,6 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
         shown = [f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float) and key != "trunc"]
         say("  ".join([f"trunc {trunc}  n {len(samples)}", *shown, *["FID -  IS -"] * (network is None)]))
         done["scores"].append(row | (network.made_by if network else {}))
-        folder = Path(run) if Path(run).is_dir() else Path(run).parent
         write_picture(folder / f"eval-trunc-{trunc}.png".lower(), sample_grid(G, trunc, seed=seed))
     for note in done["notes"]:
         say(note, sys.stderr)
