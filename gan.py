@@ -10,6 +10,11 @@ A residual generator with adaptive batch norm meets a projection discriminator (
 (1802.05957), under differentiable augmentation (2006.10738); an average of the generator's weights draws the samples.
 """
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the slow imports; main takes over
 import argparse
 import contextlib
 import copy
@@ -19,15 +24,11 @@ import io
 import itertools
 import json
 import math
-import operator
-import os
 import re
-import signal
 import sys
 import tempfile
 import threading
 import time
-import weakref
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -44,7 +45,6 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
-from torch.nn.utils import parametrize
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.utils import make_grid
 
@@ -127,7 +127,7 @@ class Discriminator(nn.Module):
         self.embed = nn.Embedding(num_classes, widths[-1]) if num_classes else None
         for layer in orthogonal_init(self):
             layer.weight.data *= 0.3  # spectral norm cancels the scale, so again smaller weights learn faster
-            parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
+            nn.utils.parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
 
     def features(self, x):
         """Computes phi(x): images [N,channels,size,size] -> [N,C] float32."""
@@ -174,11 +174,9 @@ LOSSES = {  # name: (loss of D, loss of G), from arXiv 1406.2661, 1705.02894, 16
 
 # ---- The training step
 class GAN:
-    """Both networks, the averaged generator, the optimizers, and the step that trains them.
-
-    For another GAN, override `networks` (called as G(z, y) and D(x, y); G has z_dim and num_classes), `update_D` and
-    `update_G`, or `Config`, whose fields become flags; `main(model=YourGAN)` is its command line.
-    """
+    """Both networks, the averaged generator, the optimizers, and the step that trains them. For another GAN, override
+    `networks` (called as G(z, y) and D(x, y); G has z_dim and num_classes), `update_D` and `update_G`, or `Config`,
+    whose fields become flags; `main(model=YourGAN)` is its command line."""
 
     PARTS = ("G", "D", "G_ema", "opt_G", "opt_D", "scaler")  # what a checkpoint holds
 
@@ -267,8 +265,8 @@ class GAN:
 
     @torch.no_grad()
     def update_average(self):
-        """Moves G_ema towards G; its half-life is a share of the images seen, up to config.ema_images."""
-        half_life = min(self.config.ema_images, self.config.ema_ramp * self.steps * self.config.batch)
+        """Moves G_ema towards G; its half-life is a twentieth of the images seen, up to config.ema_images."""
+        half_life = min(self.config.ema_images, self.steps * self.config.batch / 20)
         weight = 1 - 0.5 ** (self.config.batch / half_life)
         torch._foreach_lerp_(list(self.G_ema.parameters()), list(self.G.parameters()), weight)
         self.G_ema.load_state_dict(dict(self.G.named_buffers()), strict=False)
@@ -287,12 +285,10 @@ class GAN:
     def load(self, path, new_images=False):
         """Restores what `save` wrote. Refuses options that must not change and, unless new_images, other images."""
         content = read_checkpoint(path, type(self))
-        if "steps" not in content:
-            raise UserError(f"{path} is from an older version: eval and sample read it, --resume does not")
         for name in (f.name for f in fields(self.config) if f.name not in RESUMABLE + LOCAL):
             if getattr(self.config, name) != getattr(content["config"], name):
                 raise UserError(f"{name} cannot change on resume; these can: {', '.join(RESUMABLE + LOCAL)}")
-        if self.classes != content["classes"] or (not new_images and self.images != content.get("images")):
+        if self.classes != content["classes"] or (not new_images and self.images != content["images"]):
             raise UserError(f"{path} was not trained on {self.config.data} as it is; --data can give other images")
         with report_damage(path, "checkpoint to go on from"):
             for name in self.PARTS:
@@ -303,7 +299,6 @@ class GAN:
 
 
 # ---- Parts of the networks
-
 SIZES = (16, 32, 64, 128, 256, 512)
 
 
@@ -353,32 +348,38 @@ class SpectralNorm(nn.Module):
             return weight / self.u.clone().dot(matrix.mv(self.v.clone()))
 
 
+def box(x, divisor, padding):
+    """Sums 2x2 pixels, over divisor, around every pixel: [N,C,H,W] -> [N,C,H-1+2 padding,W-1+2 padding]."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return Box.apply(x, divisor, padding)  # only then, since programs can be exported of plain operators alone
+    if x.is_cuda:
+        return F.avg_pool2d(x, 2, stride=1, padding=padding, divisor_override=divisor)
+    # On the CPU a depthwise convolution is faster, in bfloat16 five times.
+    return F.conv2d(x, x.new_full((x.shape[1], 1, 2, 2), 1 / divisor), padding=padding, groups=x.shape[1])
+
+
 class Box(torch.autograd.Function):
-    """Sums 2x2 pixels, over divisor, around every pixel: [N,C,H,W] -> [N,C,H-1+2 padding,W-1+2 padding]. The gradient
-    is a box with the other padding, so nothing is kept for it."""
+    """Computes box; the gradient is a box with the other padding, so nothing is kept for it."""
 
     @staticmethod
     def forward(ctx, x, divisor, padding):
         ctx.divisor, ctx.padding = divisor, padding
-        if x.is_cuda:
-            return F.avg_pool2d(x, 2, stride=1, padding=padding, divisor_override=divisor)
-        # On the CPU a depthwise convolution is faster, in bfloat16 five times.
-        return F.conv2d(x, x.new_full((x.shape[1], 1, 2, 2), 1 / divisor), padding=padding, groups=x.shape[1])
+        return box(x, divisor, padding)
 
     @staticmethod
     def backward(ctx, gradient):
-        return Box.apply(gradient, ctx.divisor, 1 - ctx.padding), None, None
+        return box(gradient, ctx.divisor, 1 - ctx.padding), None, None
 
 
 def conv_pool(conv, x):
     """Computes avg_pool2d(conv(x), 2) for a 3x3 conv with a quarter of its products: [N,C,H,W] -> [N,K,H/2,W/2]."""
-    return F.conv2d(Box.apply(x, 4, 1), conv.weight, conv.bias, stride=2)  # of means, every second result is enough
+    return F.conv2d(box(x, 4, 1), conv.weight, conv.bias, stride=2)  # of means, every second result is enough
 
 
 def upsample_conv(conv, x):
     """Computes conv(upsample(x)) for a 3x3 conv with a quarter of its products: [N,C,H,W] -> [N,K,2H,2W]."""
     weight = conv.weight.transpose(0, 1).flip(2, 3)  # of an image with zeros between its pixels; the sums come last
-    return Box.apply(F.conv_transpose2d(x, weight, conv.bias / 4, stride=2), 1, 0)
+    return box(F.conv_transpose2d(x, weight, conv.bias / 4, stride=2), 1, 0)
 
 
 def pool(x):
@@ -456,15 +457,13 @@ def choose_classes(G, n, classes=None, seed=0):
     return torch.tensor([int(classes[i % len(classes)]) for i in range(n)])
 
 
-STANDING = weakref.WeakKeyDictionary()  # generator -> {(trunc, versions of its weights): buffers with the statistics}
-
-
 @torch.no_grad()
 def with_standing_statistics(G, trunc=None, n_batches=20, batch=64):
     """Copies G, in eval mode, with batch-norm statistics of z drawn with this trunc, since those of other z shift every
-    layer. They are estimated once for each trunc, until G's weights change; the copy shares these."""
+    layer. They are estimated once for each trunc, until G's weights change; G and its copies share them."""
     device, key = next(G.parameters()).device, (trunc, *(p._version for p in G.parameters()))
-    known, copied = STANDING.setdefault(G, {}), copy.deepcopy(G, {id(p): p for p in G.parameters()}).eval()
+    known = G.__dict__.setdefault("standing", {})  # {key: all buffers}
+    copied = copy.deepcopy(G, {id(kept): kept for kept in (known, *G.parameters())}).eval()
     if key not in known:
         for norm in (m for m in copied.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.train().reset_running_stats()
@@ -475,7 +474,6 @@ def with_standing_statistics(G, trunc=None, n_batches=20, batch=64):
             copied(z.to(device), y.to(device))
         known[key] = {name: buffer.clone() for name, buffer in copied.eval().named_buffers()}
     copied.load_state_dict(known[key], strict=False)
-    STANDING[copied] = {key: known[key]}
     return copied
 
 
@@ -491,36 +489,42 @@ def to_uint8(x):
 
 @torch.no_grad()
 def render(G, z, y, trunc=None, batch=64):
-    """Draws the samples of z[n,z_dim] and y[n] with the statistics for trunc: uint8 [n,C,H,W] on the CPU."""
+    """Yields the samples of z[n,z_dim] and y[n] with the statistics for trunc: uint8 [<=batch,C,H,W] on the CPU."""
     G, device = with_standing_statistics(G, trunc), next(G.parameters()).device
-    return torch.cat([to_uint8(G(a.to(device), b.to(device))).cpu() for a, b in zip(z.split(batch), y.split(batch))])
+    for some_z, some_y in zip(z.split(batch), y.split(batch)):
+        yield to_uint8(G(some_z.to(device), some_y.to(device))).cpu()
 
 
-def generate(G, n, trunc=None, classes=None, seed=0):
-    """Draws n samples of G as uint8 [n,C,H,W]; sample i of a seed is the same for every n and device. G stays as it is.
-    trunc: the bound of |z_i|, or None. classes: indices to go through in turn; None draws them evenly."""
+def generate_batches(G, n, trunc=None, classes=None, seed=0):
+    """Yields the samples that `generate` returns, in batches."""
     generator = torch.Generator().manual_seed(seed)
     z = [sample_z(1, G.z_dim, trunc, generator) for _ in range(n)]  # one by one, or else the last would depend on n
     return render(G, torch.cat(z), choose_classes(G, n, classes, seed), trunc)
 
 
+def generate(G, n, trunc=None, classes=None, seed=0):
+    """Draws n samples of G as uint8 [n,C,H,W]; sample i of a seed is the same for every n and device. G stays as it is.
+    trunc: the bound of |z_i|, or None. classes: indices to go through in turn; None draws them evenly."""
+    return torch.cat([*generate_batches(G, n, trunc, classes, seed)])
+
+
 def sample_grid(G, trunc=None, columns=10, seed=0):
-    """Draws a picture [3,H,W]: a row for each class, the same z down each column; without classes 8 rows of z."""
-    rows = G.num_classes or 8
+    """Draws a picture [3,H,W]: a row for each class, 50 at most, the same z down each column; or 8 rows of z."""
+    rows = min(G.num_classes, 50) or 8
     z = sample_z(columns if G.num_classes else rows * columns, G.z_dim, trunc, torch.Generator().manual_seed(seed))
     y = torch.arange(rows).repeat_interleave(columns)
-    return tile(render(G, z.repeat(len(y) // len(z), 1), y, trunc), columns)
+    return tile(torch.cat([*render(G, z.repeat(len(y) // len(z), 1), y, trunc)]), columns)
 
 
 def interpolate(G, trunc=None, classes=None, rows=8, columns=10, seed=0):
-    """Draws a picture [3,H,W] whose rows walk from one random z to another, each in a class, of `classes` in turn."""
+    """Walks from one random z to another in each row, in a class, of `classes` in turn: uint8 [rows,columns,C,H,W]."""
     a, b = sample_z(2 * rows, G.z_dim, trunc, torch.Generator().manual_seed(seed)).chunk(2)  # [rows,z_dim] each
     t = torch.linspace(0, 1, columns)[:, None]
     # Along the arc from a to b: points on the straight line are shorter than any z that G has seen.
     angle = torch.arccos(F.cosine_similarity(a, b).clamp(-1, 1))[:, None, None]
     z = (torch.sin((1 - t) * angle) * a[:, None] + torch.sin(t * angle) * b[:, None]) / torch.sin(angle)
     y = choose_classes(G, rows, classes, seed).repeat_interleave(columns)
-    return tile(render(G, z.flatten(0, 1), y, trunc), columns)
+    return torch.cat([*render(G, z.flatten(0, 1), y, trunc)]).unflatten(0, (rows, columns))
 
 
 def tile(images, columns=10):
@@ -529,7 +533,6 @@ def tile(images, columns=10):
 
 
 # ---- Data
-
 GRAY = ("mnist", "fashion", "usps")  # one channel, and not to be mirrored: digits would change
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "usps": "USPS", "cifar10": "CIFAR10"}
 DATASETS = ("synthetic", *TORCHVISION)
@@ -538,32 +541,30 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # for some other
 
 def load_images(data, size, channels, data_dir="data"):
     """Loads a folder or a named data set: uint8 images [N,channels,size,size], int64 labels [N] and the class names.
-
     A folder is searched recursively; its sub-folders are the classes if every image lies in one. Images are cropped to
-    their centre square, resized and kept in ~/.cache/gan.py. Files that are no images are skipped and named.
-    """
+    their centre square, resized and kept in ~/.cache/gan.py. Files that are no images are skipped and named."""
     if data == "synthetic":
         return draw_flowers(size, channels)
     if data in TORCHVISION:
         with report_damage(data_dir, f"folder of {data}"):
-            items, names = zip(*getattr(torchvision.datasets, TORCHVISION[data])(data_dir, download=True))
+            items, labels = zip(*getattr(torchvision.datasets, TORCHVISION[data])(data_dir, download=True))
+            names = list(map(str, labels))
     else:
         items, names = open_folder(data)
-    changing = operator.attrgetter("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
+    changing = lambda stat: (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)  # noqa: E731
     facts = [(os.fsencode(item), changing(item.stat())) if isinstance(item, Path) else item.tobytes() for item in items]
     cache = cache_folder() / f"{hashlib.sha256(repr((size, channels, facts)).encode()).hexdigest()[:32]}.pt"
     try:
         content = torch.load(cache, mmap=True, weights_only=True)
     except Exception:  # not there, or damaged
         content = decode(items, size, channels)
-        try:
-            with whole_file(cache) as file:
-                torch.save(content, file)
-        except (OSError, RuntimeError) as error:
-            say(f"the decoded images cannot be cached: {error}")
+        with contextlib.suppress(OSError, RuntimeError), whole_file(cache) as file:  # a full disk costs time alone
+            torch.save(content, file)
     if skipped := content["skipped"]:
         say(f"skipped {len(skipped)} of {len(items)} files: {', '.join(skipped[:10])}{', ...' * (len(skipped) > 10)}")
-    names = [names[i] if names[i] is None else str(names[i]) for i in content["kept"]]
+    if (most := content["images"].max()) < 64:
+        say(f"the images are dark, from 0 to {most} of 255: are they 12 bits of a camera in 16, or numbers of classes?")
+    names = [names[i] for i in content["kept"]]
     if None in names and any(names):
         say(f"no classes, since {items[content['kept'][names.index(None)]]} lies beside the sub-folders")
     classes = [] if None in names else sorted(set(names), key=natural)
@@ -698,7 +699,6 @@ class Config:
     d_steps: int = option(1, "discriminator updates a step", positive)
     g_steps: int = option(1, "generator updates a step", positive)
     ema_images: float = option(20_000, "half-life of the averaged weights in images", positive)
-    ema_ramp: float = option(0.05, "the half-life is at most this share of the images seen", positive)
     seed: int = option(0, "seed of weights, noise and data order, under 2^32", lambda seed: 0 <= seed < 2**32)
     device: str = option("auto", "auto (cuda if there is one), cpu, cuda, cuda:1, ...")
     amp: str = option("auto", "autocast; auto: bf16 where it is fast, or fp16 on cuda", ("auto", "bf16", "fp16", "off"))
@@ -751,9 +751,12 @@ def whole_file(path):
         raise
 
 
-def write_picture(path, picture):
+def write_picture(path, *pictures):
+    """Writes a picture uint8 [3,H,W], or a film of several, in the format that the path ends in."""
+    first, *others = map(to_pil_image, pictures)
+    film = {"save_all": True, "append_images": others, "duration": 80, "loop": 0} if others else {}  # ms a picture
     with whole_file(path) as file:
-        to_pil_image(picture).save(file, "png")
+        first.save(file, Path(path).suffix[1:], **film)
 
 
 @contextlib.contextmanager
@@ -768,30 +771,29 @@ def report_damage(path, what):
 
 
 def read_checkpoint(path, model=GAN):
-    """Reads what GAN.save wrote, on the CPU: "config" (a Config), "classes", "steps" and each part's state_dict."""
-    data = Path(path).read_bytes()
+    """Reads a run's or file's checkpoint: "config" (a Config), "classes", "images", "steps", each part's state_dict."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    data = path.read_bytes()
     with report_damage(path, "checkpoint of gan.py"):
         if flipped := zipfile.ZipFile(io.BytesIO(data)).testzip():
             raise ValueError(f"{flipped} fails its checksum")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        content["config"].pop("label_smoothing", None)  # of an older version
         if unknown := content["config"].keys() - {f.name for f in fields(model.Config)}:
             raise UserError(f"{path} is of another kind of GAN than {model.__name__}, with {', '.join(unknown)}")
         content["config"] = resolve(model.Config(**content["config"]))
-        steps, classes = content.get("steps", 0), content["classes"]
-        if type(steps) is not int or steps < 0 or not all(isinstance(name, str) for name in classes):
+        steps, classes = content["steps"], content["classes"]
+        if type(steps) is not int or steps < 0 or not all(Path(name).name == name != ".." for name in classes):
             raise ValueError("steps or classes have impossible values")
     return content
 
 
 def load_generator(run, device="cpu", trunc=None, model=GAN):
-    """Loads (averaged G in eval mode, with the statistics for trunc and names in G.classes; Config) of a run."""
-    path = Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
-    content = read_checkpoint(path, model)
-    with report_damage(path, "checkpoint of gan.py"):
+    """Loads a run's (averaged G in eval mode, with the statistics for trunc, G.classes and G.steps; Config)."""
+    content = read_checkpoint(run, model)
+    with report_damage(run, "checkpoint of gan.py"):
         G, _ = model.networks(content["config"], len(content["classes"]))
         G.load_state_dict(content["G_ema"])
-    G.classes = content["classes"]
+    G.classes, G.steps = content["classes"], content["steps"]
     G = G.to(device, memory_format=torch.channels_last).requires_grad_(False)
     return with_standing_statistics(G, trunc), content["config"]
 
@@ -810,10 +812,8 @@ def find_run(name, runs="runs"):
 # ---- Training
 def train(config, resume=None, model=GAN, new_images=False):
     """Trains a GAN and returns its run's folder, a Path. Ctrl-C, SIGTERM and a closed terminal end the step and save.
-
     resume: a run's folder, to go on from its checkpoint until config.epochs or config.steps; on a CPU the outcome is
-    that of a run without the break, bit for bit. new_images: whether the images may differ from those it began with.
-    """
+    that of a run without the break, bit for bit. new_images: whether the images may differ from those it began with."""
     # Load the images.
     device, config = join(config.device), resolve(config)
     images, labels, classes = load_images(config.data, config.size, config.channels, config.data_dir)
@@ -829,19 +829,18 @@ def train(config, resume=None, model=GAN, new_images=False):
     gan = model(config, len(classes) if config.cond else 0, device)
     gan.classes, gan.images = classes if config.cond else [], hashlib.sha256(images.numpy()).hexdigest()
     if resume:
-        gan.load(Path(resume) / "checkpoint.pt", new_images)
-    shared = {name: value for name, value in asdict(config).items() if name not in LOCAL}
-    everywhere = [repr((shared, gan.images, gan.steps))] * n_ranks()
+        gan.load(resume, new_images)
     if n_ranks() > 1:
-        dist.all_gather_object(everywhere, everywhere[0])
-    if len(set(everywhere)) > 1:
-        raise UserError("the processes differ; all hosts need the same flags, images and checkpoint")
+        facts = [None] * n_ranks()
+        dist.all_gather_object(facts, repr((replace(config, **dict.fromkeys(LOCAL)), gan.images, gan.steps)))
+        if len(set(facts)) > 1:
+            raise UserError("the processes differ; all hosts need the same flags, images and checkpoint")
     per_epoch = len(images) // config.batch / config.d_steps  # steps
     steps = config.steps or max(1, round(config.epochs * per_epoch))
     sample_every = max(1, round(config.sample_every * per_epoch))
 
     # Open the run.
-    run, writer = open_run(config, resume and Path(resume), gan.steps) if rank() == 0 else (None, None)
+    run, writer, _lock = open_run(config, resume and Path(resume), gan.steps) if rank() == 0 else [None] * 3
     G, D = (sum(p.numel() for p in net.parameters()) / 1e6 for net in (gan.G, gan.D))
     say(f"{run}: {len(images)} images, {len(classes)} classes{': ' * bool(classes)}{', '.join(classes[:20])}")
     say(f"steps {gan.steps} to {steps} on {n_ranks()} x {device}, {gan.dtype}, G {G:.2f} M, D {D:.2f} M parameters")
@@ -849,6 +848,9 @@ def train(config, resume=None, model=GAN, new_images=False):
         draw_progress(gan, run, writer)  # a killed run may not have come to it
     if gan.steps >= steps:
         raise UserError(f"{run} has trained its {gan.steps} steps; --steps or --epochs can ask for more")
+    if rank() == 0 and not (run / "real.png").exists():  # shows most faults of data at once
+        x, _ = next(batches(images, labels, config, device))
+        write_picture(run / "real.png", tile(to_uint8(diff_augment(x[:80], config.augment).clamp(-1, 1)).cpu()))
     data = batches(images, labels, config, device, start=gan.steps * config.d_steps)
     history, first, began, saved, stopped = [], gan.steps, time.monotonic(), time.monotonic(), False
     with stop_on_signal() as stop:
@@ -864,10 +866,8 @@ def train(config, resume=None, model=GAN, new_images=False):
             # Check the losses.
             losses, history = torch.stack(history), []  # [steps,4]
             average_over_ranks([losses])
-            finite = losses.isfinite().all(dim=1).tolist()  # the only point where the CPU waits for the GPU
-            if not all(finite):
-                step = gan.steps - len(finite) + 1 + finite.index(False)
-                raise UserError(f"the losses are not finite at step {step}: try lower --lr-G and --lr-D, or --amp off")
+            if not losses.isfinite().all():  # the only point where the CPU waits for the GPU
+                raise UserError(f"the losses are not finite by step {gan.steps}: try lower --lr-G, --lr-D or --amp off")
             if rank() > 0:
                 continue  # the first process writes
 
@@ -894,7 +894,7 @@ def train(config, resume=None, model=GAN, new_images=False):
 
 
 def open_run(config, run, steps):
-    """Makes or opens a run's folder, writes config.json, trims the log; returns the folder and TensorBoard's writer."""
+    """Opens a run's folder, writes its config and trims its log; returns it, TensorBoard's writer and a lock."""
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
     runs, data = Path(config.runs), re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.data).name)[:50]
@@ -907,12 +907,19 @@ def open_run(config, run, steps):
         with contextlib.suppress(FileExistsError):  # another process was faster
             path.mkdir(exist_ok=bool(config.name))  # a run that was killed before its first checkpoint leaves its name
             run = path
+    lock = open(run / ".lock", "a")
+    try:
+        os.lockf(lock.fileno(), os.F_TLOCK, 0)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{run} is being trained by another process")
+    except (AttributeError, OSError):  # a system or a disk without locks
+        pass
     log = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
     log = [line + "\n" for line in log if line.endswith("}") and json.loads(line)["step"] <= steps]  # not half a line
     for name, text in (("config.json", json.dumps(asdict(config), indent=2)), ("log.jsonl", "".join(log))):
         with whole_file(run / name) as file:
             file.write(text.encode())
-    return run, SummaryWriter(run) if config.tensorboard else None
+    return run, SummaryWriter(run) if config.tensorboard else None, lock
 
 
 def draw_progress(gan, run, writer=None):
@@ -943,14 +950,13 @@ def say(line, file=None):
 @contextlib.contextmanager
 def stop_on_signal():
     """Yields a list that Ctrl-C, SIGTERM and SIGHUP fill; a second one interrupts at once."""
-    stop, before = [], {}
+    stop, in_main_thread = [], threading.current_thread() is threading.main_thread()
 
     def handler(*signal_and_frame):
         stop.append(True) if not stop else signal.default_int_handler(*signal_and_frame)
 
-    if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        before |= {number: signal.signal(number, handler) for number in numbers}
+    numbers = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
+    before = {number: signal.signal(number, handler) for number in numbers if in_main_thread}
     try:
         yield stop
     finally:
@@ -1028,65 +1034,66 @@ class SyncedBatchNorm(nn.BatchNorm2d):
 
 # ---- Evaluation
 def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", seed=0, data=None, model=GAN):
-    """Scores the averaged generator of a run at each trunc; returns what it writes to eval.json; draws grids.
-
-    n: samples, by default as many as training images, of the same classes. extractor: see metrics.load_extractor;
-    without Inception's weights, SWD alone is measured. data: where the images lie now.
-    """
+    """Scores the averaged generator of a run at each trunc, with a grid; returns {"scores": a row for each trunc} and
+    adds these to eval.json. n: samples, by default as many as training images, of the same classes. extractor: see
+    metrics.load_extractor; without Inception's weights, SWD alone is measured. data: where the images lie now."""
     import metrics
 
     device = join(device)
     G, config = load_generator(run, device, model=model)
     images, labels, names = load_images(data or config.data, config.size, config.channels, config.data_dir)
-    classes = None  # without those of the images, drawn evenly
+    classes, notes = None, []
     if G.num_classes and names:
         if unknown := [name for name in names if name not in G.classes]:
             raise UserError(f"the run has no class {', '.join(unknown[:3])}; the images must be of its own classes")
-        shuffled = torch.Generator().manual_seed(seed)  # since each split of IS needs all classes
-        order = torch.randperm(len(labels), generator=shuffled)
-        classes = torch.tensor([G.classes.index(name) for name in names])[labels[order]].tolist()
-    done = {"data": data or config.data, "n_real": len(images), "seed": seed, "scores": [], "notes": []}
+        classes = torch.tensor([G.classes.index(name) for name in names])[labels]
+        classes = classes[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))].tolist()
+    elif G.num_classes:
+        notes = ["these images have no classes: the samples are drawn evenly from all classes of the run"]
+    file = (Path(run) if Path(run).is_dir() else Path(run).parent) / "eval.json"
+    with report_damage(file, "file of scores; move it away"):
+        old = [dict(row) for row in json.loads(file.read_text())["scores"]] if file.exists() else []
+    for trunc in truncs:  # before the long work, which a disk that takes no file would waste
+        write_picture(file.with_name(f"eval-trunc-{trunc}.png".lower()), sample_grid(G, trunc, seed=seed))
     try:
         network = metrics.load_extractor(extractor, device)
         real = metrics.measure_cached(network, images, cache_folder(), metrics.show_progress(f"{network.name}, images"))
     except metrics.WeightsMissing as error:
-        network, done["notes"] = None, [str(error)]
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+        network, notes = None, [*notes, str(error)]
+    facts = {"n": n or len(images), "steps": G.steps, "seed": seed, "data": data or config.data, "n_real": len(images)}
+    facts |= network.made_by if network else {"network": None}
+    new = []
     for trunc in truncs:
-        samples = generate(G, n or len(images), trunc, classes, seed)
-        row = {"trunc": trunc, "n": len(samples), "SWD": metrics.sliced_wasserstein(images, samples)}
+        samples, row = generate_batches(G, facts["n"], trunc, classes, seed), {"trunc": trunc} | facts
         if network:
             fake = metrics.measure(network, samples, progress=metrics.show_progress(f"{network.name}, samples"))
-            row, done["notes"] = row | metrics.compare(real, fake), metrics.notes(real, fake)
-        shown = [f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float) and key != "trunc"]
-        say("  ".join([f"trunc {trunc}  n {len(samples)}", *shown, *["FID -  IS -"] * (network is None)]))
-        done["scores"].append(row | (network.made_by if network else {}))
-        write_picture(folder / f"eval-trunc-{trunc}.png".lower(), sample_grid(G, trunc, seed=seed))
-    for note in done["notes"]:
+            scores, row["notes"] = metrics.compare(real, fake), notes + metrics.notes(real, fake)
+        else:
+            some = torch.cat(list(itertools.islice(samples, 128)))
+            scores, row["notes"] = {"SWD": metrics.sliced_wasserstein(images, some)}, notes
+        shown = [f"{name} {value:.3f}" for name, value in scores.items()] + ["FID -  IS -"] * (network is None)
+        say("  ".join([f"trunc {trunc}  n {facts['n']}", *shown]))
+        old = [other for other in old if any(other.get(key) != row[key] for key in ("trunc", *facts))]
+        new.append(row | scores)
+        with whole_file(file) as out:
+            out.write(f"{json.dumps({'scores': old + new}, indent=2)}\n".encode())
+    for note in new[-1]["notes"]:
         say(note, sys.stderr)
-    with whole_file(folder / "eval.json") as file:
-        file.write(f"{json.dumps(done, indent=2)}\n".encode())
-    return done
+    return {"scores": new}
 
 
 # ---- Commands
 def train_command(args, model):
-    hold_memory()
+    # Keep freed memory in this process, on Linux: handing pages back and forth costs a tenth of a step on the CPU.
+    with contextlib.suppress(OSError, AttributeError):  # another system, or a C library other than GNU's
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX: no mapping for a large block; M_TRIM_THRESHOLD: keep all
     given = {f.name: getattr(args, f.name) for f in fields(model.Config) if hasattr(args, f.name)}
     if args.resume is None:
         return train(model.Config(**given), model=model)
     run = find_run(args.resume, given.get("runs", "runs"))
-    config = read_checkpoint(run / "checkpoint.pt", model)["config"]
-    if "epochs" in given:
-        given.setdefault("steps", None)
-    train(replace(config, **given), run, model, new_images="data" in given)
-
-
-def hold_memory():
-    """Keeps freed memory in this process, on Linux: handing pages back and forth costs a tenth of a step on the CPU."""
-    with contextlib.suppress(OSError, AttributeError):  # another system, or a C library other than GNU's
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX: no mapping for a large block; M_TRIM_THRESHOLD: keep all
+    given = {"steps": None} | given if "epochs" in given else given
+    train(replace(read_checkpoint(run, model)["config"], **given), run, model, new_images="data" in given)
 
 
 def eval_command(args, model):
@@ -1095,13 +1102,16 @@ def eval_command(args, model):
 
 
 def sample_command(args, model):
-    out = Path(args.out)
-    if out.suffix not in ([".png"] if args.interpolate else [".png", ".npz"] + [""] * (not out.exists())):
-        raise UserError(f"--out {out}: give a .png, or for single samples a .npz or a new folder")
+    out, films = Path(args.out), [".gif", ".webp"]
+    if out.suffix not in ([".png", *films] if args.interpolate else [".png", ".npz"] + [""] * (not out.exists())):
+        raise UserError(f"--out {out}: give a .png, an .npz or a new folder; of --interpolate, a .png, .gif or .webp")
     G, _ = load_generator(find_run(args.run, args.runs), join(args.device), args.trunc, model)
-    classes = [G.classes.index(c) if c in G.classes else c for c in args.classes] or list(range(G.num_classes))
+    classes = [G.classes.index(c) if c in G.classes else c for c in args.classes]
     if args.interpolate:
-        return write_picture(out, interpolate(G, args.trunc, classes or None, seed=args.seed))
+        walks = interpolate(G, args.trunc, classes or None, columns=32 if out.suffix in films else 10, seed=args.seed)
+        there = [tile(at_once, 4) for at_once in walks.unbind(1)]  # and back
+        return write_picture(out, *(there + there[-2:0:-1] if out.suffix in films else [tile(walks.flatten(0, 1))]))
+    classes = classes or list(range(min(G.num_classes, 50 if out.suffix == ".png" else G.num_classes)))
     n = args.n or 10 * len(classes) or 80
     labels = choose_classes(G, n, [classes[i * len(classes) // n] for i in range(n)]).tolist() if classes else None
     images = generate(G, n, args.trunc, labels, args.seed)
@@ -1111,7 +1121,7 @@ def sample_command(args, model):
         with whole_file(out) as file:  # uint8 [n,H,W,C], int64 [n]
             np.savez(file, images=images.permute(0, 2, 3, 1), **({"labels": np.array(labels)} if classes else {}))
     for i, image in enumerate(images if out.suffix == "" else ()):
-        write_picture(out / f"{i:05d}.png", image)
+        write_picture(out / (G.classes[labels[i]] if classes else "") / f"{i:05d}.png", image)
     say(f"wrote {n} samples to {out}")
 
 
@@ -1120,13 +1130,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, say(f"{self.prog.split()[0]}: error: {message} (--help lists the flags)", sys.stderr))
 
 
-def between(low, high):
-    def whole_number(text):
-        if not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return int(text)
-
-    return whole_number
+def whole_number(text, low=0, high=2**32 - 1):
+    if not (text.isdecimal() and low <= int(text) <= high):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from {low} to {high}")
+    return int(text)
 
 
 def truncation(text):
@@ -1148,22 +1155,20 @@ def make_parser(model):
     common = Parser(add_help=False)
     common.add_argument("--run", help="run, by name or path, or checkpoint file (the newest run)")
     common.add_argument("--runs", default="runs", help="folder that holds the runs (runs)")
-    common.add_argument("--n", type=between(2, 10**7), help="samples (as many as images; sample: 10 a class, or 80)")
+    common.add_argument("--n", type=lambda n: whole_number(n, 1, 10**7), help="samples (as images; sample: 10 a class)")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
-    common.add_argument("--seed", type=between(0, 2**32 - 1), default=0, help="seed of the noise (0)")
-
+    common.add_argument("--seed", type=whole_number, default=0, help="seed of the noise (0)")
     p = commands.add_parser("eval", help="score a run", parents=[common], allow_abbrev=False)
     p.set_defaults(command=eval_command)
     p.add_argument("--trunc", type=truncation, nargs="+", default=[None], help="bounds of |z|, or none (none)")
     p.add_argument("--data", help="where the training images lie now (where they lay at training)")
     p.add_argument("--extractor", default="inception", help="inception, a weights file or a .pt2 program (inception)")
-
     p = commands.add_parser("sample", help="write samples of a run", parents=[common], allow_abbrev=False)
     p.set_defaults(command=sample_command)
     p.add_argument("--trunc", type=truncation, help="bound of |z| (none)")
     p.add_argument("--classes", type=lambda text: text.split(","), default=[], help="names or numbers, as in 3,5 (all)")
     p.add_argument("--interpolate", action="store_true", help="rows that walk between random pairs of z")
-    p.add_argument("--out", default="samples.png", help=".png for a grid, .npz, or a new folder (samples.png)")
+    p.add_argument("--out", default="samples.png", help=".png, .npz or a new folder; a film: .gif, .webp (samples.png)")
     return parser
 
 
@@ -1192,8 +1197,7 @@ def main(argv=None, model=GAN):
 # ---- Appendix: flowers drawn by code, so that `python gan.py train` needs no data
 def draw_flowers(size, channels, per_class=80, classes=17):
     """Returns what load_images does, of flowers: petals, colours and ground differ by class, place and shade within."""
-    with ThreadPoolExecutor() as threads:
-        images = torch.cat(list(threads.map(lambda c: draw_class(c, per_class, size), range(classes))))
+    images = torch.cat([draw_class(c, per_class, size) for c in range(classes)])
     images = rgb_to_grayscale(images.float()).round().to(torch.uint8) if channels == 1 else images
     return images, torch.arange(classes).repeat_interleave(per_class), [f"flower {c}" for c in range(classes)]
 
@@ -1203,9 +1207,7 @@ def draw_class(c, n, size):
     rng = np.random.default_rng([17, c])
     grid = np.linspace(-1 + 1 / size, 1 - 1 / size, size, dtype=np.float32)
     x, y = grid[None, None, :], grid[None, :, None]  # [1,1,W], [1,H,1]
-
-    def vary(low, high):
-        return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
+    vary = lambda low, high: rng.uniform(low, high, (n, 1, 1)).astype(np.float32)  # noqa: E731
 
     def rgb(hue, saturation, value):  # [n,1,1] each -> [n,1,1,3]
         k = (6 * hue[..., None] + np.array([5, 3, 1], np.float32)) % 6
@@ -1239,9 +1241,10 @@ def draw_class(c, n, size):
     low, saturation, bright = (0.12, 0.85, 0.9) if c % 3 else (0.06, 0.8, 0.35)
     heart_colour = rgb(vary(low, low + 0.02), saturation, vary(bright, bright + 0.1))
     paint(heart_colour, 1 - 0.3 * from_heart / heart, (heart - from_heart) * radius)
-    pixels = (np.clip(canvas, 0, 1) * 255).round().astype(np.uint8)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy((np.clip(canvas, 0, 1) * 255).round().astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

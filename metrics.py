@@ -720,10 +720,11 @@ def read_image(path):
 
 
 class Folder:
-    """The images below a folder, read when needed; skipped: {file: reason} of undecodable ones so far, not in len()."""
+    """The images below a folder, read when needed. Of those read so far: skipped is {file: reason} of undecodable ones,
+    not in len(); brightest is the largest value."""
 
     def __init__(self, path):
-        self.path, self.skipped = Path(path), {}
+        self.path, self.skipped, self.brightest = Path(path), {}, 0
         self.files = list_files(self.path)
 
     def __len__(self):
@@ -743,6 +744,7 @@ class Folder:
             ahead = pool.map(decode, self.files[:at_once])
             for start in range(at_once, len(self.files) + at_once, at_once):
                 images = [image for image in ahead if image is not None]
+                self.brightest = max([self.brightest, *(int(image.max()) for image in images)])
                 ahead = pool.map(decode, self.files[start : start + at_once])
                 for _, group in itertools.groupby(images, key=lambda image: image.shape):
                     yield from torch.stack(list(group)).split(size)
@@ -902,6 +904,10 @@ def run(args):
         if skipped := sorted(getattr(images, "skipped", {}).items()):
             some = ", ".join(f"{file} ({why})" for file, why in skipped[:3]) + ", ..." * bool(skipped[3:])
             lines.append(f"{path}: skipped {len(skipped)} files that are no images: {some}")
+        if isinstance(images, Folder) and images.brightest < 64:
+            lines.append(
+                f"{path}: the images are dark, from 0 to {images.brightest} of 255: 12 bits of a camera in 16?"
+            )
         result |= {side: path, f"n_{side}": summary.n if summary else len(images)}
         made_by |= summary.stats.made_by if summary else {}
     if len(set(sizes)) > 1:

@@ -57,7 +57,7 @@ def train_and_score(key, seed, out):
     gan("eval", "--run", run, "--trunc", "none", "0.7", "--extractor", key["extractor"])
     evaluation, config = (json.loads((run / name).read_text()) for name in ("eval.json", "config.json"))
     if "precision" not in evaluation["scores"][0]:  # for want of weights
-        sys.exit("; ".join(evaluation["notes"]))
+        sys.exit("; ".join(evaluation["scores"][0]["notes"]))
     result = key | {"seed": seed, "code": CODE, "scores": evaluation["scores"]}
     return result | {"step_s": config["batch"] / last_line(run)["images_per_s"]}
 

@@ -12,8 +12,13 @@ from torchvision.transforms.functional import to_pil_image
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import export
 import fid_studies
+import finetune
+import gan
 import metrics
+
+TOY = dict(size=16, width=4, max_width=8, z_dim=8, batch=8, device="cpu", amp="off", steps=1)
 
 
 def normal(n, d, seed):
@@ -84,3 +89,45 @@ def test_studies_of_folders(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         fid_studies.main([str(tmp_path / "real"), str(tmp_path / "nowhere"), "--extractor", "nowhere.pt2"])
     assert stop.value.code == 2 and "no extractor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cond", [False, True])
+def test_exported_generators_give_its_images(cond, tmp_path, monkeypatch, capsys):
+    run = gan.train(gan.Config(**TOY, cond=cond, runs=str(tmp_path)))
+    G, _ = gan.load_generator(run, trunc=0.7)
+    for kind in export.WRITERS:
+        export.main([str(run), "--trunc", "0.7", "--out", str(tmp_path / f"G{kind}")])
+        x = export.inputs(G, 5, 0.7, seed=9)
+        images = export.load((tmp_path / f"G{kind}").read_bytes(), kind)(*x)
+        assert images.shape == (5, 3, 16, 16) and (images - G(*x)).abs().max() < 1e-5
+        assert (images - gan.load_generator(run)[0](*x)).abs().max() > 1e-3  # whose statistics are others
+    monkeypatch.setattr(export, "load", lambda data, kind: lambda *x: G(*x) + 0.1)
+    capsys.readouterr()
+    for argv in ([str(run), "--out", "G.txt"], [str(tmp_path / "x")], [str(run), "--out", str(tmp_path / "x.pt2")]):
+        with pytest.raises(SystemExit) as stop:
+            export.main(argv)
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "x.pt2").exists()
+
+
+def test_finetuning_starts_from_the_weights_that_fit(tmp_path, capsys):
+    old = gan.train(gan.Config(**TOY, cond=True, runs=str(tmp_path)))
+    config = finetune.Config(**TOY | {"lr_G": 1e-9, "lr_D": 1e-9}, runs=str(tmp_path), init_from=str(old))
+    images, labels, _ = gan.load_images("synthetic", 16, 3)
+    for classes in (gan.read_checkpoint(old)["classes"], ["a", "b", "c"]):
+        model = finetune.FineTune(gan.resolve(config), len(classes))
+        model.config.augment, model.classes = "none", classes
+        model.train_step(gan.batches(images, labels % 3, model.config, model.device))
+        for name in ("G", "D"):
+            before, after = gan.read_checkpoint(old)[name], dict(getattr(model, name).named_parameters())
+            for k in after:
+                kept = before[k].shape == after[k].shape and torch.allclose(before[k], after[k], atol=1e-6)
+                assert kept == (len(classes) == 17 or "embed" not in k), k
+    assert "100% of the weights" in capsys.readouterr().out
+    with pytest.raises(gan.UserError, match="no weights"):
+        model.steps, model.config.init_from = 0, str(old)
+        for part in (model.G, model.G_ema, model.D):
+            part.load_state_dict = part.state_dict = dict
+        model.train_step(None)
+    flags = "--size 16 --width 4 --max-width 8 --z-dim 8 --batch 8 --steps 1".split()
+    gan.main(["train", "--init-from", str(old), "--runs", str(tmp_path), *flags], finetune.FineTune)
