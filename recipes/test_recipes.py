@@ -12,6 +12,7 @@ from torchvision.transforms.functional import to_pil_image
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import classifier
 import export
 import fid_studies
 import finetune
@@ -131,3 +132,22 @@ def test_finetuning_starts_from_the_weights_that_fit(tmp_path, capsys):
         model.train_step(None)
     flags = "--size 16 --width 4 --max-width 8 --z-dim 8 --batch 8 --steps 1".split()
     gan.main(["train", "--init-from", str(old), "--runs", str(tmp_path), *flags], finetune.FineTune)
+
+
+def test_classifier_reads_what_it_has_learned_and_is_an_extractor(tmp_path):
+    images, labels, _ = gan.load_images("synthetic", 32, 1)
+    images, labels = images[labels < 10], labels[labels < 10]
+    net = classifier.train(images[::2], labels[::2], epochs=6, batch=32)
+    share = classifier.accuracy(net, images[1::2], labels[1::2])
+    assert share > 0.9 and share == (net(images[1::2].float() / 255)[1].argmax(1) == labels[1::2]).float().mean()
+    classifier.export(net, tmp_path / "digits.pt2")
+    network = metrics.load_extractor(tmp_path / "digits.pt2")
+    assert network.name == "digits"
+    for size in (16, 32):
+        some = gan.load_images("synthetic", size, 3)[0][:5]
+        features, logits = network(some)
+        expected = net(some.float() / 255)
+        assert (features - expected[0]).abs().max() < 1e-4 and (logits - expected[1]).abs().max() < 1e-4
+    with pytest.raises(SystemExit) as stop:
+        classifier.main(["mnist", "--data-dir", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x.txt")])
+    assert stop.value.code == 2 and not (tmp_path / "nowhere").exists()

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: MIT
+"""A page about some runs that people look at: their scores, samples and curves, and how the samples came about.
+
+    python recipes/report.py RUN...    # folders of runs that `gan.py eval` has scored
+
+Runs that differ in nothing but the seed share a row of the table. Writes report.html, which is complete in itself, and
+report.md with its pictures report-samples.png, report-curves.svg and report-truncation.svg beside it.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+import re
+import statistics
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gan
+
+SCORES = {"FID": 1, "FD": 1, "SWD": 1, "KID": 4, "IS": 2, "precision": 3, "recall": 3}  # name: decimals
+LOWER_IS_BETTER = ("FID", "FD", "SWD", "KID")
+STYLE = {"font.size": 10, "font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "gan", "axes.grid": True}
+STYLE |= {"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def write_report(out, title, variants, rows, sentences=()):
+    """Writes the page `out`, an .html, and its .md and pictures beside it.
+
+    variants: {name: folders of its runs, one a seed}; the pictures show the first. rows: a dict for each run and trunc,
+    with its "variant" and what eval.json says. sentences: [(question, [answers])].
+    """
+    text, lines, remarks = html.escape, table(rows), describe_scores(rows)
+    samples = draw_samples(variants, list(dict.fromkeys(row["trunc"] for row in rows)) or [None])
+    figures = {"curves": ("Losses, and D's mean logits", draw_curves(variants))}
+    if plot := draw_truncation(rows):
+        figures["truncation"] = ("Fidelity against variety", plot)
+
+    # The page.
+    said = "".join(f"<dt>{text(q)}</dt>" + "".join(f"<dd>{text(a)}</dd>" for a in answers) for q, answers in sentences)
+    parts = [("What one learns", f"<dl>{said}</dl>")] if said else []
+    parts += [("Scores", html_table(lines) + "".join(f"<p>{text(remark)}</p>" for remark in remarks))]
+    note = "<p>All come from the same noise; with classes, each row is a class and each column one z.</p>"
+    parts += [("Samples", note + "".join(map(html_pictures, samples)))]
+    parts += [(head, html_figure(name, svg, head)) for name, (head, svg) in figures.items()]
+    moments = (f"<h3>{text(name)}</h3>{html_pictures(time_lapse(runs[0]))}" for name, runs in variants.items())
+    parts += [("Time-lapse", "".join(moments))]
+    body = "".join(f"<section><h2>{text(head)}</h2>{content}</section>\n" for head, content in parts)
+    files = {out.name: re.sub("TITLE|BODY", lambda m: {"TITLE": text(title), "BODY": body}[m[0]], PAGE)}
+
+    # The text and its pictures.
+    files |= {f"{out.stem}-samples.png": contact_sheet(samples)}
+    files |= {f"{out.stem}-{name}.svg": svg for name, (_, svg) in figures.items()}
+    parts = [f"# {title}", *("\n".join([f"{q}\n", *(f"- {a}" for a in answers)]) for q, answers in sentences)]
+    grid = [lines[0], ["---"] + ["---:"] * (len(lines[0]) - 1), *lines[1:]]
+    parts += ["\n".join(f"| {' | '.join(line)} |" for line in grid), *remarks]
+    parts += [f"![{name}]({name})" for name in list(files)[1:]]
+    files[f"{out.stem}.md"] = "\n\n".join(parts) + "\n"
+    for name, content in files.items():
+        with gan.whole_file(out.with_name(name)) as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>TITLE</title><style>
+body {max-width: 60rem; margin: auto; padding: 0 1rem 3rem; font: 1rem/1.5 system-ui, sans-serif; color: #222}
+h1, h2, h3 {line-height: 1.2} h2 {margin-top: 2.5rem} h3 {font-size: 1rem}
+.wide {overflow-x: auto} table {border-collapse: collapse; white-space: nowrap; font-variant-numeric: tabular-nums}
+th, td {padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd} tr > :first-child {text-align: left}
+p, figcaption {color: #444; font-size: .9rem; overflow-wrap: anywhere} dt {font-weight: 600} dd {margin: 0 0 .6rem}
+.pictures {display: grid; grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); gap: 1rem; margin-bottom: 1rem}
+figure {margin: 0; max-width: 19rem; break-inside: avoid} img {width: 100%}
+svg {max-width: 100%; height: auto; min-width: 30rem}
+@media print {h2, h3 {break-after: avoid} svg {min-width: 0} .wide {overflow: visible} table {font-size: 8pt}}
+</style></head><body>
+<h1>TITLE</h1>
+BODY</body></html>
+"""
+
+
+def html_table(lines):
+    cells = [("th", line) if line is lines[0] else ("td", line) for line in lines]
+    body = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) for tag, line in cells)
+    return f'<div class="wide"><table><tr>{"</tr><tr>".join(body)}</tr></table></div>'
+
+
+def html_pictures(pictures):
+    """Lays out [(caption, PIL image)], as many in a row as fit."""
+    shown = []
+    for caption, picture in pictures:
+        picture.thumbnail((420, 1200))  # so that the page stays below a megabyte
+        picture.save(file := io.BytesIO(), "webp", quality=82)
+        data = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+        image = f'<img src="{data}" alt="{html.escape(f"Samples: {caption}")}">'
+        shown.append(f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    return f'<div class="pictures">{"".join(shown)}</div>'
+
+
+def html_figure(name, svg, alt):
+    """Makes an SVG file a part of the page, whose ids are unique there."""
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # a page knows these
+    return f'<div class="wide">{svg.replace("<svg", f"""<svg role="img" aria-label="{html.escape(alt)}" """, 1)}</div>'
+
+
+# ---- The table
+def table(rows):
+    """Lists lines of cells, the heads first: variant, trunc, number of seeds, mean ± deviation of each score."""
+
+    def show(values, decimals):
+        spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{decimals}f}{spread}" if values else "–"
+
+    columns, groups = score_columns(rows), {}
+    for row in rows:
+        groups.setdefault((row["variant"], show_trunc(row["trunc"])), []).append(row)
+    heads = (f"{c} {'↓' if base_name(c) in LOWER_IS_BETTER else '↑'}" for c in columns)
+    lines = [["variant", "trunc", "seeds", *heads]]
+    for key, group in groups.items():
+        scores = (show([row[c] for row in group if c in row], SCORES[base_name(c)]) for c in columns)
+        lines.append([*key, str(len(group)), *scores])
+    return lines
+
+
+def base_name(score):
+    return score.partition("(")[0]  # FD(net) -> FD
+
+
+def show_trunc(trunc):
+    return "none" if trunc in (None, math.inf) else f"{trunc:g}"
+
+
+def score_columns(rows):
+    """Lists the scores that rows have, the main one first: FID or FD, or SWD if not all rows have the same."""
+    keys = {key: sum(key in row for row in rows) for row in rows for key in row if base_name(key) in SCORES}
+    if any(base_name(key) in ("FID", "FD") and number == len(rows) for key, number in keys.items()):
+        keys.pop("SWD", None)
+    return sorted(keys, key=lambda key: (keys[key] < len(rows), list(SCORES).index(base_name(key)), key))
+
+
+def describe_scores(rows):
+    """Says in sentences how the scores were made, with eval's notes."""
+    how = "{n} samples against {n_real} images, by {network} (weights {weights:.8}, resize {resize}, {dtype})."
+    alone = "{n} samples against {n_real} images. SWD is the sliced Wasserstein distance of patches, without a network."
+    made = dict.fromkeys((how if row["network"] else alone).format(**row) for row in rows)
+    notes = dict.fromkeys(note for row in rows for note in row.get("notes", ()))
+    return ["Mean ± standard deviation over seeds.", *made, *notes] if made else ["No scores: gan.py eval makes them."]
+
+
+# ---- Pictures
+def draw_samples(variants, truncs):
+    """Draws each variant's first run at each trunc, from the same noise: a list [(caption, PIL image)] a variant."""
+    pictures = []
+    for name, (run, *_) in variants.items():
+        G, _ = gan.load_generator(run)
+        grids = [gan.sample_grid(G, trunc, columns=6).permute(1, 2, 0).contiguous().numpy() for trunc in truncs]
+        pictures.append([(f"{name}, trunc {show_trunc(t)}", Image.fromarray(grid)) for t, grid in zip(truncs, grids)])
+    return pictures
+
+
+def time_lapse(run, moments=6, rows=3, columns=5):
+    """Cuts a corner from up to so many of a run's grids, the first and the last among them: [(caption, PIL image)]."""
+    files = sorted((run / "samples").glob("*.png"))
+    chosen = dict.fromkeys(files[round(i)] for i in np.linspace(0, len(files) - 1, moments) if files)
+    cell = json.loads((run / "config.json").read_text())["size"] + 2  # with the white line
+    box = (0, 0, columns * cell + 2, rows * cell + 2)
+    return [(f"step {int(file.stem)}", Image.open(file).convert("RGB").crop(box)) for file in chosen]
+
+
+def contact_sheet(lines):
+    """Puts lines [(caption, PIL image)] on one sheet, as the bytes of a PNG."""
+    heights = [picture.height / picture.width + 0.13 for (_, picture), *_ in lines]
+    figure = Figure((3 * len(lines[0]), 3 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(lines), len(lines[0]), squeeze=False, height_ratios=heights)
+    for axes, (caption, picture) in zip(panels.flat, sum(lines, [])):
+        axes.imshow(picture)
+        axes.axis("off")
+        axes.set_title(caption, fontsize=9)
+    figure.savefig(file := io.BytesIO(), format="png", dpi=90)
+    return file.getvalue()
+
+
+def draw_curves(variants):
+    """Draws both losses and D's mean logits of all variants in the same axes, an SVG; further seeds are pale."""
+    keys = {"loss_D": "loss of D", "loss_G": "loss of G", "real_logit": "logit of real", "fake_logit": "logit of fake"}
+    with matplotlib.rc_context(STYLE):
+        panels = (figure := Figure((8, 6), layout="constrained")).subplots(2, 2, sharex=True)
+        panels[1, 1].sharey(panels[1, 0])
+        for i, seed, name, run in ((i, s, v, r) for i, v in enumerate(variants) for s, r in enumerate(variants[v])):
+            with gan.report_damage(run / "log.jsonl", "log of gan.py"):
+                lines = (run / "log.jsonl").read_text().splitlines()
+                log = [json.loads(line) for line in lines if line.endswith("}")]  # not half a line
+            window = np.ones(len(log) // 40 + 1) / (len(log) // 40 + 1)
+            style = {"alpha": 0.3, "linewidth": 0.8, "zorder": 1} if seed else {"label": name}
+            for axes, key in zip(panels.flat, keys):
+                x, y = (np.convolve([line[k] for line in log], window, "valid") for k in ("step", key))
+                axes.plot(x, y, color=f"C{i % 10}", **style)
+                axes.set_title(keys[key], fontsize=10)
+        figure.supxlabel("step", fontsize=10)
+        return save_svg(figure, panels[0, 0])
+
+
+def draw_truncation(rows):
+    """Draws FID against IS and precision against recall over truncs; "" where no network made scores."""
+    names = {base_name(column): column for column in score_columns(rows)}
+    main = "FID" if "FID" in names else "FD"
+    pairs = [(names[x], names[y]) for x, y in (("IS", main), ("recall", "precision")) if x in names and y in names]
+    if not pairs:
+        return ""
+    with matplotlib.rc_context(STYLE):
+        panels = (figure := Figure((8, 4), layout="constrained")).subplots(1, len(pairs), squeeze=False)[0]
+        for axes, (x, y) in zip(panels, pairs):
+            for variant in dict.fromkeys(row["variant"] for row in rows):
+                points = {}
+                for row in (row for row in rows if row["variant"] == variant and x in row and y in row):
+                    points.setdefault(row["trunc"] or math.inf, []).append((row[x], row[y]))
+                means = [np.mean(points[trunc], axis=0) for trunc in sorted(points)]
+                axes.plot(*np.reshape(means, (-1, 2)).T, marker="o", markersize=4, label=variant)
+                for trunc, mean in zip(sorted(points), means):
+                    axes.annotate(show_trunc(trunc), mean, (4, 4), textcoords="offset points", fontsize=8)
+            axes.set(xlabel=x, ylabel=y)
+        return save_svg(figure, panels[0])
+
+
+def save_svg(figure, axes):
+    """Adds the legend of the axes and returns the text of the figure as an SVG, without the date."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
+    figure.savefig(file := io.StringIO(), format="svg")
+    return re.sub(r"\s*<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
+
+
+# ---- Runs
+def read_scores(run, wanted=None):
+    """Reads {trunc: row} of a run's newest step from eval.json: rows for which wanted(row), or of the last network."""
+    path = run / "eval.json"
+    if not path.exists():
+        return {}
+    with gan.report_damage(path, "eval.json of gan.py"):
+        rows = json.loads(path.read_text())["scores"]
+        newest, network = max(row["steps"] for row in rows), rows[-1]["network"]
+        wanted = wanted or (lambda row: row["network"] == network)
+        return {row["trunc"]: row for row in rows if row["steps"] == newest and wanted(row)}
+
+
+def group_runs(runs):
+    """Groups folders of runs that differ in nothing but the seed; returns variants and rows for write_report."""
+    variants, rows, names = {}, [], {}
+    for run in runs:
+        if not (run / "checkpoint.pt").is_file():
+            raise gan.UserError(f"{run} is no run of gan.py: it has no checkpoint.pt")
+        config = gan.read_checkpoint(run)["config"]
+        key = tuple((k, v) for k, v in asdict(config).items() if k not in ("seed", "device", "runs", "name"))
+        name = re.sub(r"-seed\d+$", "", run.resolve().name)
+        variant = names.setdefault(key, str(run) if name in names.values() else name)
+        variants.setdefault(variant, []).append(run)
+        rows += [{"variant": variant, **row} for row in read_scores(run).values()]
+    return variants, rows
+
+
+def main():
+    parser = gan.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="page to write (report.html)")
+    args = parser.parse_args()
+    try:
+        if args.out.suffix != ".html":
+            raise gan.UserError(f"--out {args.out}: give a name that ends in .html")
+        write_report(args.out, "Runs of gan.py", *group_runs(args.runs))
+    except (gan.UserError, OSError) as error:
+        parser.exit(2, gan.say(f"report.py: error: {error}", sys.stderr))
+    gan.say(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
