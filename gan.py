@@ -351,7 +351,7 @@ class SpectralNorm(nn.Module):
 def box(x, divisor, padding):
     """Sums 2x2 pixels, over divisor, around every pixel: [N,C,H,W] -> [N,C,H-1+2 padding,W-1+2 padding]."""
     if x.requires_grad and torch.is_grad_enabled():
-        return Box.apply(x, divisor, padding)  # only then, since programs can be exported of plain operators alone
+        return Box.apply(x, divisor, padding)  # only then: a program can be exported only from plain operators
     if x.is_cuda:
         return F.avg_pool2d(x, 2, stride=1, padding=padding, divisor_override=divisor)
     # On the CPU a depthwise convolution is faster, in bfloat16 five times.
@@ -461,7 +461,7 @@ def choose_classes(G, n, classes=None, seed=0):
 def with_standing_statistics(G, trunc=None, n_batches=20, batch=64):
     """Copies G, in eval mode, with batch-norm statistics of z drawn with this trunc, since those of other z shift every
     layer. They are estimated once for each trunc, until G's weights change; G and its copies share them."""
-    device, key = next(G.parameters()).device, (trunc, *(p._version for p in G.parameters()))
+    device, key = next(G.parameters()).device, (trunc, *((id(p), p._version) for p in G.parameters()))
     known = G.__dict__.setdefault("standing", {})  # {key: all buffers}
     copied = copy.deepcopy(G, {id(kept): kept for kept in (known, *G.parameters())}).eval()
     if key not in known:
@@ -563,7 +563,7 @@ def load_images(data, size, channels, data_dir="data"):
     if skipped := content["skipped"]:
         say(f"skipped {len(skipped)} of {len(items)} files: {', '.join(skipped[:10])}{', ...' * (len(skipped) > 10)}")
     if (most := content["images"].max()) < 64:
-        say(f"the images are dark, from 0 to {most} of 255: are they 12 bits of a camera in 16, or numbers of classes?")
+        say(f"the images are dark, from 0 to {most} of 255: 12-bit camera data in 16 bits, or numbers of classes?")
     names = [names[i] for i in content["kept"]]
     if None in names and any(names):
         say(f"no classes, since {items[content['kept'][names.index(None)]]} lies beside the sub-folders")
@@ -778,6 +778,7 @@ def read_checkpoint(path, model=GAN):
         if flipped := zipfile.ZipFile(io.BytesIO(data)).testzip():
             raise ValueError(f"{flipped} fails its checksum")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        content["config"].pop("ema_ramp", None)  # of an older version
         if unknown := content["config"].keys() - {f.name for f in fields(model.Config)}:
             raise UserError(f"{path} is of another kind of GAN than {model.__name__}, with {', '.join(unknown)}")
         content["config"] = resolve(model.Config(**content["config"]))
@@ -820,7 +821,7 @@ def train(config, resume=None, model=GAN, new_images=False):
     if len(images) < config.batch:
         raise UserError(f"--batch {config.batch} is more than the {len(images)} images of {config.data}")
     if config.cond and len(classes) < 2:
-        raise UserError(f"--cond needs two classes or more, a sub-folder each; {config.data} has {len(classes)}")
+        raise UserError(f"--cond needs two sub-folders, without images beside them; {config.data} has {len(classes)}")
     if config.augment == "auto":
         strength = sum(len(images) < limit for limit in (50_000, 20_000, 5_000))
         config = replace(config, augment=("none", "cutout", "translation,cutout", "color,translation,cutout")[strength])
@@ -848,9 +849,9 @@ def train(config, resume=None, model=GAN, new_images=False):
         draw_progress(gan, run, writer)  # a killed run may not have come to it
     if gan.steps >= steps:
         raise UserError(f"{run} has trained its {gan.steps} steps; --steps or --epochs can ask for more")
-    if rank() == 0 and not (run / "real.png").exists():  # shows most faults of data at once
-        x, _ = next(batches(images, labels, config, device))
-        write_picture(run / "real.png", tile(to_uint8(diff_augment(x[:80], config.augment).clamp(-1, 1)).cpu()))
+    if rank() == 0:  # a picture of the images as D sees them, which shows most faults of data at once
+        x, _ = next(batches(images, labels, config, torch.device("cpu")))
+        write_picture(run / "real.png", tile(to_uint8(diff_augment(x[:80], config.augment).clamp(-1, 1))))
     data = batches(images, labels, config, device, start=gan.steps * config.d_steps)
     history, first, began, saved, stopped = [], gan.steps, time.monotonic(), time.monotonic(), False
     with stop_on_signal() as stop:
@@ -951,10 +952,7 @@ def say(line, file=None):
 def stop_on_signal():
     """Yields a list that Ctrl-C, SIGTERM and SIGHUP fill; a second one interrupts at once."""
     stop, in_main_thread = [], threading.current_thread() is threading.main_thread()
-
-    def handler(*signal_and_frame):
-        stop.append(True) if not stop else signal.default_int_handler(*signal_and_frame)
-
+    handler = lambda *args: signal.default_int_handler(*args) if stop else stop.append(True)  # noqa: E731
     numbers = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
     before = {number: signal.signal(number, handler) for number in numbers if in_main_thread}
     try:
@@ -1051,9 +1049,10 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
     elif G.num_classes:
         notes = ["these images have no classes: the samples are drawn evenly from all classes of the run"]
     file = (Path(run) if Path(run).is_dir() else Path(run).parent) / "eval.json"
-    with report_damage(file, "file of scores; move it away"):
-        old = [dict(row) for row in json.loads(file.read_text())["scores"]] if file.exists() else []
-    for trunc in truncs:  # before the long work, which a disk that takes no file would waste
+    earlier = lambda: [dict(row) for row in json.loads(file.read_text())["scores"]] if file.exists() else []  # noqa: E731
+    with report_damage(file, "file of scores (move it away)"):
+        earlier()
+    for trunc in truncs:  # first, so that an unwritable disk shows before the long work
         write_picture(file.with_name(f"eval-trunc-{trunc}.png".lower()), sample_grid(G, trunc, seed=seed))
     try:
         network = metrics.load_extractor(extractor, device)
@@ -1073,10 +1072,10 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
             scores, row["notes"] = {"SWD": metrics.sliced_wasserstein(images, some)}, notes
         shown = [f"{name} {value:.3f}" for name, value in scores.items()] + ["FID -  IS -"] * (network is None)
         say("  ".join([f"trunc {trunc}  n {facts['n']}", *shown]))
-        old = [other for other in old if any(other.get(key) != row[key] for key in ("trunc", *facts))]
         new.append(row | scores)
+        kept = [other for other in earlier() if any(other.get(key) != row[key] for key in ("trunc", *facts))]
         with whole_file(file) as out:
-            out.write(f"{json.dumps({'scores': old + new}, indent=2)}\n".encode())
+            out.write(f"{json.dumps({'scores': [*kept, new[-1]]}, indent=2)}\n".encode())
     for note in new[-1]["notes"]:
         say(note, sys.stderr)
     return {"scores": new}
@@ -1092,6 +1091,7 @@ def train_command(args, model):
     if args.resume is None:
         return train(model.Config(**given), model=model)
     run = find_run(args.resume, given.get("runs", "runs"))
+    run = run.parent if run.is_file() else run
     given = {"steps": None} | given if "epochs" in given else given
     train(replace(read_checkpoint(run, model)["config"], **given), run, model, new_images="data" in given)
 
@@ -1104,14 +1104,14 @@ def eval_command(args, model):
 def sample_command(args, model):
     out, films = Path(args.out), [".gif", ".webp"]
     if out.suffix not in ([".png", *films] if args.interpolate else [".png", ".npz"] + [""] * (not out.exists())):
-        raise UserError(f"--out {out}: give a .png, an .npz or a new folder; of --interpolate, a .png, .gif or .webp")
+        raise UserError(f"--out {out}: give a .png, an .npz or a new folder; with --interpolate a .png, .gif or .webp")
     G, _ = load_generator(find_run(args.run, args.runs), join(args.device), args.trunc, model)
     classes = [G.classes.index(c) if c in G.classes else c for c in args.classes]
     if args.interpolate:
         walks = interpolate(G, args.trunc, classes or None, columns=32 if out.suffix in films else 10, seed=args.seed)
         there = [tile(at_once, 4) for at_once in walks.unbind(1)]  # and back
         return write_picture(out, *(there + there[-2:0:-1] if out.suffix in films else [tile(walks.flatten(0, 1))]))
-    classes = classes or list(range(min(G.num_classes, 50 if out.suffix == ".png" else G.num_classes)))
+    classes = classes or list(range(min(G.num_classes, 50 if out.suffix == ".png" and not args.n else G.num_classes)))
     n = args.n or 10 * len(classes) or 80
     labels = choose_classes(G, n, [classes[i * len(classes) // n] for i in range(n)]).tolist() if classes else None
     images = generate(G, n, args.trunc, labels, args.seed)
@@ -1132,7 +1132,7 @@ class Parser(argparse.ArgumentParser):
 
 def whole_number(text, low=0, high=2**32 - 1):
     if not (text.isdecimal() and low <= int(text) <= high):
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from {low} to {high}")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} to {high}")
     return int(text)
 
 
@@ -1155,16 +1155,17 @@ def make_parser(model):
     common = Parser(add_help=False)
     common.add_argument("--run", help="run, by name or path, or checkpoint file (the newest run)")
     common.add_argument("--runs", default="runs", help="folder that holds the runs (runs)")
-    common.add_argument("--n", type=lambda n: whole_number(n, 1, 10**7), help="samples (as images; sample: 10 a class)")
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
     common.add_argument("--seed", type=whole_number, default=0, help="seed of the noise (0)")
     p = commands.add_parser("eval", help="score a run", parents=[common], allow_abbrev=False)
     p.set_defaults(command=eval_command)
+    p.add_argument("--n", type=lambda n: whole_number(n, 2, 10**7), help="samples (as many as images)")
     p.add_argument("--trunc", type=truncation, nargs="+", default=[None], help="bounds of |z|, or none (none)")
     p.add_argument("--data", help="where the training images lie now (where they lay at training)")
     p.add_argument("--extractor", default="inception", help="inception, a weights file or a .pt2 program (inception)")
     p = commands.add_parser("sample", help="write samples of a run", parents=[common], allow_abbrev=False)
     p.set_defaults(command=sample_command)
+    p.add_argument("--n", type=lambda n: whole_number(n, 1, 10**7), help="samples (10 a class; without classes 80)")
     p.add_argument("--trunc", type=truncation, help="bound of |z| (none)")
     p.add_argument("--classes", type=lambda text: text.split(","), default=[], help="names or numbers, as in 3,5 (all)")
     p.add_argument("--interpolate", action="store_true", help="rows that walk between random pairs of z")
@@ -1217,12 +1218,11 @@ def draw_class(c, n, size):
         mask = np.clip(inside * size / 2 + 0.5, 0, 1)[..., None]
         canvas[:] += (colour * light[..., None] - canvas) * mask
 
-    # What makes the class. Hues go round from blue over red to yellow and leave out the leaves' green.
+    # What makes the class and, from cx on, what varies within. Hues go from blue over red to yellow, never leaf green.
     petals, hue = (5, 6, 4, 8, 3)[c % 5], (0.52 + 0.66 * (c * 0.618 % 1)) % 1
     vivid, bright = ((0.9, 1.0), (0.4, 1.0), (0.85, 0.7))[c // 2 % 3]
     petal_width, heart, pointed = (1.1, 0.9, 1.3)[c % 3] * 2.2 / petals, (0.2, 0.3, 0.15, 0.25)[c % 4], c % 2
     ground = ((0.58, 0.4, 0.9), (0.3, 0.6, 0.4), (0.12, 0.25, 0.95), (0.7, 0.3, 0.2))[c % 4]  # hue, saturation, value
-    # What varies within it.
     cx, cy, radius, turn = vary(-0.1, 0.1), vary(-0.2, 0.0), vary(0.65, 0.85), vary(-0.2, 0.2) - np.pi / 2
     bend, shade = vary(-0.2, 0.2), vary(0.8, 1.1)
     petal_colour = rgb(hue + vary(-0.025, 0.025), vivid, bright * shade)

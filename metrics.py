@@ -905,9 +905,7 @@ def run(args):
             some = ", ".join(f"{file} ({why})" for file, why in skipped[:3]) + ", ..." * bool(skipped[3:])
             lines.append(f"{path}: skipped {len(skipped)} files that are no images: {some}")
         if isinstance(images, Folder) and images.brightest < 64:
-            lines.append(
-                f"{path}: the images are dark, from 0 to {images.brightest} of 255: 12 bits of a camera in 16?"
-            )
+            lines.append(f"{path}: the images are dark, from 0 to {images.brightest} of 255: 12-bit data in 16 bits?")
         result |= {side: path, f"n_{side}": summary.n if summary else len(images)}
         made_by |= summary.stats.made_by if summary else {}
     if len(set(sizes)) > 1:

@@ -999,6 +999,8 @@ def test_statistics_are_of_the_trunc_and_what_is_drawn_for_pictures():
         assert torch.allclose(norm.running_mean, h.mean((0, 2, 3)), atol=0.02)
         assert torch.allclose(norm.running_var, h.var((0, 2, 3)), atol=0.03)
     assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items())  # G itself stays as it was
+    gan.generate(gan.copy.deepcopy(G), 1)  # whose weights may come to differ
+    assert len(Recorder.calls) == 21 and Recorder.calls.clear() is None
     with torch.no_grad():
         G.linear.weight += 1
     gan.generate(gan.with_standing_statistics(G), 1)

@@ -15,7 +15,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -43,6 +42,8 @@ def write_script(G, example, dims):
 def load(data, kind):
     """Makes a function of z and y from the bytes of a file."""
     if kind == ".onnx":
+        import onnxruntime
+
         session = onnxruntime.InferenceSession(data)
         return lambda *inputs: torch.from_numpy(session.run(None, dict(zip("zy", map(np.asarray, inputs))))[0])
     return torch.export.load(io.BytesIO(data)).module() if kind == ".pt2" else torch.jit.load(io.BytesIO(data))
