@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A page about some runs that people look at: their scores, samples and curves, and how the samples came about.
+"""Writes a page about runs: their scores, samples, training curves and a time-lapse.
 
     python recipes/report.py RUN...    # folders of runs that `gan.py eval` has scored
 
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gan
 
 SCORES = {"FID": 1, "FD": 1, "SWD": 1, "KID": 4, "IS": 2, "precision": 3, "recall": 3}  # name: decimals
+TESTED = "Differences are paired by seed. Student's t at 95% decides what they settle, and errs once in twenty times."
 LOWER_IS_BETTER = ("FID", "FD", "SWD", "KID")
 STYLE = {"font.size": 10, "font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "gan", "axes.grid": True}
 STYLE |= {"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
@@ -38,7 +39,7 @@ def write_report(out, title, variants, rows, sentences=()):
     variants: {name: folders of its runs, one a seed}; the pictures show the first. rows: a dict for each run and trunc,
     with its "variant" and what eval.json says. sentences: [(question, [answers])].
     """
-    text, lines, remarks = html.escape, table(rows), describe_scores(rows)
+    text, lines, remarks = html.escape, table(rows), describe_scores(rows) + [TESTED] * bool(sentences)
     samples = draw_samples(variants, list(dict.fromkeys(row["trunc"] for row in rows)) or [None])
     figures = {"curves": ("Losses, and D's mean logits", draw_curves(variants))}
     if plot := draw_truncation(rows):
@@ -48,8 +49,10 @@ def write_report(out, title, variants, rows, sentences=()):
     said = "".join(f"<dt>{text(q)}</dt>" + "".join(f"<dd>{text(a)}</dd>" for a in answers) for q, answers in sentences)
     parts = [("What one learns", f"<dl>{said}</dl>")] if said else []
     parts += [("Scores", html_table(lines) + "".join(f"<p>{text(remark)}</p>" for remark in remarks))]
-    note = "<p>All come from the same noise; with classes, each row is a class and each column one z.</p>"
-    parts += [("Samples", note + "".join(map(html_pictures, samples)))]
+    note = (
+        "At one trunc, all variants get the same random numbers; with classes, each row is a class, each column one z."
+    )
+    parts += [("Samples", f"<p>{note}</p>" + "".join(map(html_pictures, samples)))]
     parts += [(head, html_figure(name, svg, head)) for name, (head, svg) in figures.items()]
     moments = (f"<h3>{text(name)}</h3>{html_pictures(time_lapse(runs[0]))}" for name, runs in variants.items())
     parts += [("Time-lapse", "".join(moments))]
@@ -80,7 +83,8 @@ p, figcaption {color: #444; font-size: .9rem; overflow-wrap: anywhere} dt {font-
 .pictures {display: grid; grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); gap: 1rem; margin-bottom: 1rem}
 figure {margin: 0; max-width: 19rem; break-inside: avoid} img {width: 100%}
 svg {max-width: 100%; height: auto; min-width: 30rem}
-@media print {h2, h3 {break-after: avoid} svg {min-width: 0} .wide {overflow: visible} table {font-size: 8pt}}
+@media print {h2, h3 {break-after: avoid} svg {min-width: 0} .wide {overflow: visible} table {font-size: 8pt}
+td:first-child {white-space: normal}}
 </style></head><body>
 <h1>TITLE</h1>
 BODY</body></html>
@@ -97,7 +101,8 @@ def html_pictures(pictures):
     """Lays out [(caption, PIL image)], as many in a row as fit."""
     shown = []
     for caption, picture in pictures:
-        picture.thumbnail((420, 1200))  # so that the page stays below a megabyte
+        picture = picture.copy()
+        picture.thumbnail((420, 4000))  # so that the page stays below a megabyte
         picture.save(file := io.BytesIO(), "webp", quality=82)
         data = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
         image = f'<img src="{data}" alt="{html.escape(f"Samples: {caption}")}">'
@@ -169,7 +174,7 @@ def draw_samples(variants, truncs):
 
 def time_lapse(run, moments=6, rows=3, columns=5):
     """Cuts a corner from up to so many of a run's grids, the first and the last among them: [(caption, PIL image)]."""
-    files = sorted((run / "samples").glob("*.png"))
+    files = sorted((run / "samples").glob("[0-9]*[0-9].png"))
     chosen = dict.fromkeys(files[round(i)] for i in np.linspace(0, len(files) - 1, moments) if files)
     cell = json.loads((run / "config.json").read_text())["size"] + 2  # with the white line
     box = (0, 0, columns * cell + 2, rows * cell + 2)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The study of the course: trains variants of a GAN with several seeds, scores them, and says what one learns from it.
+"""The study of the course: trains variants of a GAN with several seeds, scores them, and answers its questions.
 
     python recipes/study.py                                             # synthetic flowers
     python recipes/study.py --data flowers17 --size 64 --epochs 150     # the course's own setting, on a GPU
     python recipes/study.py --data FOLDER --seeds 3 --extractor net.pt2 --variants "hinge --cond" "rpgan --cond"
 
-A variant is a loss with flags of `gan.py train`; flags that are not the study's go to every run. The folder of --out
-gets the runs, study.json, report.html and report.md. The same command goes on with a study that was stopped, and more
---seeds extend it: finished runs and scores are not made again.
+A variant is a loss with flags of `gan.py train`; other flags go to every run. --out receives the runs,
+study.json, report.html and report.md. Run the same command again to continue a study that was stopped, or with more
+--seeds to extend it; finished runs and scores are kept.
 """
 
 import fcntl
@@ -51,21 +51,26 @@ def study(args, definition, configs):
             new = [*definition["flags"], *to_flags(variant), *own]
             run_gan(args, "train", *(["--resume", run] if (run / "checkpoint.pt").exists() else new))
             if not is_trained(run):
-                raise gan.UserError(f"{run} was stopped; the same command goes on")
-        if missing := [report.show_trunc(t) for t in args.trunc if t not in scores(run)]:
+                raise gan.UserError(f"{run} was stopped; run the same command to continue")
+        if missing := ["none" if t is None else repr(t) for t in args.trunc if t not in scores(run)]:
             own = ["--extractor", args.extractor, "--device", configs[variant].device]
             run_gan(args, "eval", "--run", run, "--trunc", *missing, *own)
 
     def scores(run):
-        def is_ours(row):  # of the run's last step, by this network, of as many samples as images
+        def is_ours(row):  # of the run's last step, by this network, on these images, as the study makes them
             network = row.get("weights") == args.weights if args.weights else "FID" in row or not row["network"]
-            return network and row["steps"] == progress(run)[0] and row["n"] == row["n_real"]
+            same = row["data"] == definition["data"] and row["seed"] == 0 and row["n"] == row["n_real"]
+            return network and same and row["steps"] == progress(run)[0]
 
         return report.read_scores(run, is_ours)
 
     make_all(make, list(jobs), args.jobs)
     found = [({"variant": v, "train_seed": seed}, scores(run)) for run, (v, seed) in jobs.items()]
     rows = [who | rows[trunc] for who, rows in found for trunc in args.trunc]
+    if len({row.get("weights") for row in rows}) > 1:
+        raise gan.UserError(
+            "some runs have scores by other weights, or none: remove their eval.json to score them again"
+        )
     save(args.out, definition, rows)
     title = f"A study of {Path(definition['data']).name}"
     report.write_report(args.out / "report.html", title, variants, rows, answer(configs, rows))
@@ -107,7 +112,7 @@ def compare(b, a, rows_b, rows_a, names):
         (moved if shown else same).append(said)
     moved, same = ", ".join(moved), ", ".join(same)
     said = [f"{moved} over {n} seeds" if n > 1 else f"one seed says that {moved}"] if moved else []
-    said += [f"no difference that {n} seed{'s show' if n > 1 else ' shows'} in {same}"] if same else []
+    said += [f"{n} seed{'s do' if n > 1 else ' does'} not settle {same}"] if same else []
     return f"{b} against {a}: {'; '.join(said)}{', which is an anecdote' if n == 1 else ''}."
 
 
@@ -131,6 +136,8 @@ def make_all(make, runs, jobs):
                     gan.say(line + left)
                 said[run] = line
     finally:
+        if any(future.running() for future in pending):
+            gan.say("waiting for the runs at work to end")
         pool.shutdown(cancel_futures=True)
 
 
@@ -145,7 +152,8 @@ def progress(run):
 
 def is_trained(run):
     path = run / "checkpoint.pt"
-    return path.exists() and gan.read_checkpoint(path)["steps"] >= progress(run)[1]
+    step, steps = progress(run)
+    return path.exists() and step > 0 and gan.read_checkpoint(path)["steps"] >= steps
 
 
 def run_gan(args, *argv):
@@ -197,7 +205,9 @@ def find_data(data, data_dir):
             shutil.rmtree(part)
         return str(folder)
     if data not in gan.DATASETS and not Path(data).expanduser().is_dir():
-        raise gan.UserError(f"no folder {data}; --data takes one of images, flowers17, {', '.join(gan.DATASETS)}")
+        raise gan.UserError(
+            f"no folder {data}; --data takes a folder of images, or one of flowers17, {', '.join(gan.DATASETS)}"
+        )
     return data if data in gan.DATASETS else str(Path(data).expanduser().absolute())
 
 
@@ -237,7 +247,7 @@ def main():
     truncs = [None, 1.0, 0.7]
     parser.add_argument("--trunc", type=gan.truncation, nargs="+", default=truncs, help="bounds of |z| (none 1 0.7)")
     parser.add_argument("--data", default="synthetic", help="as for gan.py train, or flowers17 (synthetic)")
-    parser.add_argument("--seeds", type=positive, default=1, help="how many: 0, 1, ... (1)")
+    parser.add_argument("--seeds", type=positive, default=1, help="number of seeds, counted from 0 (1)")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time (1)")
     parser.add_argument("--extractor", default="inception", help="as for gan.py eval (inception)")
     parser.add_argument("--out", type=Path, help="folder of the study (runs/study-DATA)")
@@ -246,6 +256,7 @@ def main():
         configs = {variant: read_config(variant, flags, args.data) for variant in args.variants}
         if len({run_name(variant) for variant in configs}) < len(args.variants):
             raise gan.UserError("two --variants have the same name")
+        args.trunc = list(dict.fromkeys(args.trunc))
         for trunc in args.trunc:
             gan.sample_z(1, 1, trunc)  # which checks it
         args.weights = None  # as in eval.json
@@ -259,7 +270,7 @@ def main():
         args.lock = open_study(args.out, definition)
         study(args, definition, configs)
     except KeyboardInterrupt:
-        parser.exit(130, gan.say("study.py: stopped; the same command goes on", sys.stderr))
+        parser.exit(130, gan.say("study.py: stopped; run the same command to continue", sys.stderr))
     except (gan.UserError, OSError, RuntimeError) as error:
         parser.exit(2, gan.say(f"study.py: error: {error}", sys.stderr))
 

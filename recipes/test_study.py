@@ -164,13 +164,13 @@ def test_sentences():
     answers = dict(study.answer(configs, [row for row in rows if row["trunc"] is None]))
     assert answers == {
         "Which loss?": ["hinge against ns: FD is better by 11.0 ± 1.7 over 3 seeds."],
-        "Do classes help?": ["hinge --cond against hinge: no difference that 3 seeds show in FD (0.3 ± 1.5 worse)."],
+        "Do classes help?": ["hinge --cond against hinge: 3 seeds do not settle FD (0.3 ± 1.5 worse)."],
         "Does g_steps matter?": ["ns --g-steps 2 against ns: FD is worse by 1.0 ± 0.0 over 3 seeds."],
     }
     ((question, said),) = study.answer(truncated, [row for row in rows if row["variant"] == "hinge --cond"])
     assert question == "What does truncation do?" and said == [
         "hinge --cond, trunc 0.7 against none: FD is worse by 10.0 ± 0.0, precision is better by 0.100 ± 0.000 over 3 "
-        "seeds; no difference that 3 seeds show in recall (0.100 ± 0.173 worse)."
+        "seeds; 3 seeds do not settle recall (0.100 ± 0.173 worse)."
     ]
     one = study.answer(configs, [row for row in rows if row["trunc"] is None and row["train_seed"] == 0])
     assert one[0][1] == ["hinge against ns: one seed says that FD is better by 10.0, which is an anecdote."]
