@@ -128,7 +128,9 @@ def table(rows):
     columns, groups = score_columns(rows), {}
     for row in rows:
         groups.setdefault((row["variant"], show_trunc(row["trunc"])), []).append(row)
-    heads = (f"{c} {'↓' if base_name(c) in LOWER_IS_BETTER else '↑'}" for c in columns)
+    names = list(map(base_name, columns))
+    shown = names if len(set(names)) == len(names) else columns  # a line below the table names the network
+    heads = (f"{c} {'↓' if base_name(c) in LOWER_IS_BETTER else '↑'}" for c in shown)
     lines = [["variant", "trunc", "seeds", *heads]]
     for key, group in groups.items():
         scores = (show([row[c] for row in group if c in row], SCORES[base_name(c)]) for c in columns)
