@@ -5,7 +5,7 @@
     python gan.py eval --extractor digits.pt2              # FD(digits), and IS of the digits drawn
 
 The program takes images [N,3,H,W] in [0,1] of any size, gray or coloured, and gives (features [N,128], logits [N,10]).
-MNIST: 99.4% of the test images are read right, after 4 minutes on one core of a busy Intel Xeon; USPS: 97.7% after 2.
+MNIST: 99.3% of the test images are read right, after 56 s on 2 cores of an Intel Xeon; USPS: 97.7% after 38 s.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Classifier(nn.Module):
         return features, self.logits(features)
 
 
-def train(images, labels, epochs=4, batch=128, rate=3e-3, seed=0):
+def train(images, labels, epochs=3, batch=128, rate=3e-3, seed=0):
     """Trains a Classifier on uint8 images [N,1,32,32] with labels [N]; returns it in eval mode."""
     torch.manual_seed(seed)
     net = Classifier()
@@ -91,7 +91,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", choices=gan.GRAY, help="named data set")
     parser.add_argument("--data-dir", default="data", help="where it lies or is downloaded to (data)")
-    parser.add_argument("--epochs", type=int, help="passes over the images (4; usps 20)")
+    parser.add_argument("--epochs", type=int, help="passes over the images (3; usps 15)")
     parser.add_argument("--out", default="digits.pt2", help="program to write (digits.pt2)")
     args = parser.parse_args(argv)
     try:
@@ -99,7 +99,7 @@ def main(argv=None):
             raise gan.UserError(f"--out {args.out}: give a name that ends in .pt2")
         images, labels, _ = gan.load_images(args.data, SIZE, 1, args.data_dir)
         began = time.monotonic()
-        net = train(images, labels, args.epochs or (20 if args.data == "usps" else 4))
+        net = train(images, labels, args.epochs or (15 if args.data == "usps" else 3))
         share, seconds = accuracy(net, *test_set(args.data, args.data_dir)), time.monotonic() - began
         export(net, args.out)
     except (gan.UserError, OSError) as error:
