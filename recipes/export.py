@@ -20,8 +20,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gan
 
-WRITERS = {".pt2": "write_program", ".onnx": "write_onnx", ".pt": "write_script"}
-
 
 def write_program(G, example, dims):
     torch.export.save(torch.export.export(G, example, dynamic_shapes=dims), file := io.BytesIO())
@@ -37,6 +35,9 @@ def write_onnx(G, example, dims):
 def write_script(G, example, dims):
     torch.jit.save(torch.jit.trace(G, example), file := io.BytesIO())
     return file.getvalue()
+
+
+WRITERS = {".pt2": write_program, ".onnx": write_onnx, ".pt": write_script}
 
 
 def load(data, kind):
@@ -62,7 +63,7 @@ def export(G, path, trunc=None):
     dims = tuple({0: torch.export.Dim("n")} for _ in example)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecations inside torch
-        data = globals()[WRITERS[path.suffix]](G, example, dims)
+        data = WRITERS[path.suffix](G, example, dims)
         program = load(data, path.suffix)
         errors = [(program(*x) - G(*x)).abs().max().item() for x in (inputs(G, n, trunc, n) for n in (1, 2, 7))]
     if max(errors) > 1e-3:

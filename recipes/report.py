@@ -203,9 +203,7 @@ def draw_curves(variants):
         panels = (figure := Figure((8, 6), layout="constrained")).subplots(2, 2, sharex=True)
         panels[1, 1].sharey(panels[1, 0])
         for i, seed, name, run in ((i, s, v, r) for i, v in enumerate(variants) for s, r in enumerate(variants[v])):
-            with gan.report_damage(run / "log.jsonl", "log of gan.py"):
-                lines = (run / "log.jsonl").read_text().splitlines()
-                log = [json.loads(line) for line in lines if line.endswith("}")]  # not half a line
+            log = read_log(run)
             window = np.ones(len(log) // 40 + 1) / (len(log) // 40 + 1)
             style = {"alpha": 0.3, "linewidth": 0.8, "zorder": 1} if seed else {"label": name}
             for axes, key in zip(panels.flat, keys):
@@ -246,6 +244,12 @@ def save_svg(figure, axes):
 
 
 # ---- Runs
+def read_log(run):
+    """Reads the records of a run's log.jsonl, without a half-written last line."""
+    with gan.report_damage(run / "log.jsonl", "log of gan.py"):
+        return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+
+
 def read_scores(run, wanted=None):
     """Reads {trunc: row} of a run's newest step from eval.json: rows for which wanted(row), or of the last network."""
     path = run / "eval.json"

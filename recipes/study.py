@@ -143,10 +143,9 @@ def make_all(make, runs, jobs):
 
 def progress(run):
     """Reads the newest step in the log of a run, and how many it will have; (0, 1) before its first line."""
-    lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
-    if not (whole := [line for line in lines if line.endswith("}")]):
+    if not (log := report.read_log(run) if (run / "log.jsonl").exists() else []):
         return 0, 1
-    last, config = json.loads(whole[-1]), json.loads((run / "config.json").read_text())
+    last, config = log[-1], json.loads((run / "config.json").read_text())
     return last["step"], config["steps"] or max(1, round(round(config["epochs"] * last["step"] / last["epoch"], 6)))
 
 
