@@ -685,7 +685,7 @@ class Config:
     size: int | None = option(None, "height and width in pixels (64; synthetic 32)", SIZES)
     channels: int | None = option(None, "1 for gray, 3 for colour (1 for mnist, fashion and usps, else 3)", (1, 3))
     flip: bool | None = option(None, "mirror half of the images at random (on, but off for digits)")
-    augment: str = option("auto", "auto (by the number of images), none, or some of color,translation,cutout", policy)
+    augment: str = option("auto", "auto (by loss and data), none, or some of color,translation,cutout", policy)
     width: int | None = option(None, "channels at full resolution (size / 2)", positive)
     max_width: int = option(512, "most channels of any layer", positive)
     z_dim: int = option(128, "length of the noise vector", positive)
@@ -822,8 +822,8 @@ def train(config, resume=None, model=GAN, new_images=False):
         raise UserError(f"--batch {config.batch} is more than the {len(images)} images of {config.data}")
     if config.cond and len(classes) < 2:
         raise UserError(f"--cond needs two sub-folders, without images beside them; {config.data} has {len(classes)}")
-    if config.augment == "auto":
-        strength = sum(len(images) < limit for limit in (50_000, 20_000, 5_000))
+    if config.augment == "auto":  # rpgan learns better without color: see bench/README.md
+        strength = sum(len(images) < limit for limit in (50_000, 20_000, 5_000 * (config.loss != "rpgan")))
         config = replace(config, augment=("none", "cutout", "translation,cutout", "color,translation,cutout")[strength])
 
     # Build or restore the GAN.

@@ -694,8 +694,8 @@ def test_names_of_runs(tmp_path, monkeypatch):
             gan.train(replace(config, steps=2), resume=tmp_path / "killed")
         other.communicate(b"\n")
     gan.train(replace(config, steps=2), resume=tmp_path / "killed")
-    long = bmp_folder(tmp_path / ("x" * 250), 3)
-    assert len(gan.train(replace(config, data=long, batch=4)).name) < 80
+    run = gan.train(replace(config, data=bmp_folder(tmp_path / ("x" * 250), 3), batch=4, loss="rpgan"))
+    assert len(run.name) < 80 and '"augment": "translation,cutout"' in (run / "config.json").read_text()
 
 
 def test_curves_are_drawn_and_tensorboard_gets_scalars_and_pictures(folder, tmp_path, monkeypatch, capsys):
