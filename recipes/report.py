@@ -268,12 +268,12 @@ def group_runs(runs):
     for run in runs:
         if not (run / "checkpoint.pt").is_file():
             raise gan.UserError(f"{run} is no run of gan.py: it has no checkpoint.pt")
-        config = gan.read_checkpoint(run)["config"]
-        key = tuple((k, v) for k, v in asdict(config).items() if k not in ("seed", "device", "runs", "name"))
+        content = gan.read_checkpoint(run)
+        key = tuple((k, v) for k, v in asdict(content["config"]).items() if k not in ("seed", "device", "runs", "name"))
         name = re.sub(r"-seed\d+$", "", run.resolve().name)
         variant = names.setdefault(key, str(run) if name in names.values() else name)
         variants.setdefault(variant, []).append(run)
-        rows += [{"variant": variant, **row} for row in read_scores(run).values()]
+        rows += [{"variant": variant, **row} for row in read_scores(run).values() if row["steps"] == content["steps"]]
     return variants, rows
 
 

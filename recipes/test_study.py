@@ -143,6 +143,10 @@ def test_report_of_any_runs(finished, tmp_path, monkeypatch, capsys):
         for path in (tmp_path / "x.md", finished / "report.md")
     )
     assert mine == theirs
+    old = Path(shutil.copytree(finished / "ns-seed0", tmp_path / "old"))
+    assert len(report.group_runs([old])[1]) == 2
+    (old / "eval.json").write_text((old / "eval.json").read_text().replace('"steps": 16', '"steps": 15'))
+    assert not report.group_runs([old])[1]  # scores of another checkpoint than the one whose samples are shown
     assert "is no run" in fails(monkeypatch, capsys, report, "report.py", tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"x")
     assert "damaged" in fails(monkeypatch, capsys, report, "report.py", tmp_path)
