@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: MIT
+"""Tests of unrolled.py at toy size: offline, on the CPU.    python -m pytest recipes/test_unrolled.py"""
+
+import copy
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import gan
+import unrolled
+
+TOY = dict(size=16, width=4, max_width=8, z_dim=8, batch=8, device="cpu", amp="off", steps=1)
+
+
+def unrolled_toy(**options):
+    """A GAN of images after one step, and a batch: (model, real, y)."""
+    model = unrolled.Unrolled(gan.resolve(unrolled.Config(**TOY, **options)), num_classes=3)
+    generator = torch.Generator().manual_seed(1)
+    real, y = torch.rand(8, 3, 16, 16, generator=generator) * 2 - 1, torch.arange(8) % 3
+    model.train_step(iter([(real, y)]))
+    return model, real, y
+
+
+@pytest.mark.parametrize("loss", ["minimax", "rpgan"])
+def test_unroll_0_is_the_plain_gan(loss):
+    config = dict(TOY, loss=loss, augment="color,cutout")
+    images, labels, _ = gan.load_images("synthetic", 16, 3)
+    outcomes = []
+    for model in (
+        gan.GAN(gan.resolve(gan.Config(**config))),
+        *(unrolled.Unrolled(gan.resolve(unrolled.Config(**config, unroll=k))) for k in (0, 1)),
+    ):
+        data = gan.batches(images, labels, model.config, model.device)
+        losses = [model.train_step(data) for _ in range(2)]
+        outcomes.append([*losses, *model.G.state_dict().values(), *model.D.state_dict().values()])
+    assert all(map(torch.equal, outcomes[0], outcomes[1]))
+    assert not all(map(torch.equal, outcomes[0], outcomes[2]))
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_look_ahead_takes_the_steps_of_plain_gradient_descent(second_order):
+    model, real, y = unrolled_toy(loss="hinge", augment="none", unroll=3, second_order=second_order)
+    before, fake = copy.deepcopy(model.D.state_dict()), model.draw(y)
+    later = model.look_ahead(real, fake, y)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.D.state_dict().items())
+    assert all(p.grad is None for p in (*model.G.parameters(), *model.D.parameters()))
+    assert later["linear.bias"].requires_grad == second_order  # of a state that G's gradient flows through
+    D = copy.deepcopy(model.D)
+    groups = []
+    for p, q in zip(model.D.parameters(), D.parameters()):
+        squares = model.opt_D.state[p]["exp_avg_sq"] / (1 - 0.99)  # after one step, g^2
+        groups.append({"params": [q], "lr": 4e-4 / (squares.mean().sqrt().item() + 1e-8)})
+    optimizer = torch.optim.SGD(groups)
+    for _ in range(3):
+        optimizer.zero_grad()
+        logits = D(torch.cat([real, fake.detach()]), torch.cat([y, y]))
+        ((1 - logits[:8]).relu().mean() + (1 + logits[8:]).relu().mean()).backward()
+        optimizer.step()
+    assert later.keys() == D.state_dict().keys()
+    for name, tensor in D.state_dict().items():
+        assert (later[name] - tensor).abs().max() < 1e-5
+    moved = max((later[name] - before[name]).abs().max() for name in before)
+    assert moved > 1e-3
+
+
+def test_gradient_of_G_flows_through_the_steps_of_D():
+    """Against finite differences of the paper's objective, minus the loss of D after k steps, in float64."""
+    options = unrolled.PLAIN | dict(data="ring", loss="minimax", width=8, z_dim=4, lr_D=0.02, batch=16, unroll=3)
+    model, gradients = unrolled.Plain(unrolled.Config(**options)), {}
+    real, y = next(unrolled.points(model.config))
+    model.train_step(iter([(real, y)]))
+    model.G.double(), model.D.double()
+    real, z, parameters = real.double(), torch.randn(16, 4, dtype=torch.float64), list(model.G.parameters())
+    for model.config.second_order in (True, False):
+        model.descend = lambda _, loss: gradients.update({len(gradients): torch.autograd.grad(loss, parameters)})
+        model.update_G(real, model.G(z), y)
+    rates = [model.rate(p).item() for p in model.D.parameters()]
+
+    def objective():
+        D, fake = copy.deepcopy(model.D), model.G(z).detach()
+        loss = lambda: -(D(real).sigmoid().log().mean() + (1 - D(fake).sigmoid()).log().mean())
+        for _ in range(3):
+            steps = torch.autograd.grad(loss(), list(D.parameters()))
+            for p, rate, step in zip(D.parameters(), rates, steps):
+                p.data -= rate * step
+        return -loss().item()
+
+    direction = [torch.randn_like(p) for p in parameters]
+    values = []
+    for sign in (1, -2):
+        for p, d in zip(parameters, direction):
+            p.data += sign * 1e-6 * d
+        values.append(objective())
+    difference = (values[0] - values[1]) / 2e-6
+    full, first_order = (sum((g * d).sum().item() for g, d in zip(gradients[i], direction)) for i in range(2))
+    assert full == pytest.approx(difference, rel=1e-5)
+    assert abs(first_order - difference) > 0.05 * abs(difference)
+
+
+def test_score_counts_modes():
+    centres = unrolled.CENTRES
+    assert centres.norm(dim=1).tolist() == pytest.approx([2] * 8) and len(centres) == 8
+    assert unrolled.score(centres.repeat(100, 1)) == (8, 1)
+    assert unrolled.score(centres[:1].repeat(100, 1)) == (1, 1)
+    outward = centres / 2 * unrolled.SIGMA  # one sigma
+    assert unrolled.score(centres + 2.9 * outward) == (8, 1)
+    assert unrolled.score(centres + 3.1 * outward) == (0, 0)
+    mixed = torch.cat([centres[:1].repeat(50, 1), centres[1:2], torch.zeros(149, 2)])  # 25%, 0.5%, nowhere
+    assert unrolled.score(mixed) == (1, pytest.approx(51 / 200))
+    real = next(unrolled.points(unrolled.Config(batch=10_000)))[0]
+    modes, near = unrolled.score(real)
+    assert modes == 8 and near == pytest.approx(1 - math.exp(-9 / 2), abs=0.003)  # two-dimensional
+
+
+def test_unrolled_trains_on_images(tmp_path):
+    """Also through bfloat16, augmentation and the command line."""
+    flags = "--size 16 --width 4 --max-width 8 --batch 8 --steps 2 --amp bf16 --cond --device cpu --unroll 2".split()
+    gan.main(["train", *flags, "--runs", str(tmp_path)], model=unrolled.Unrolled)
+    run = gan.find_run(None, tmp_path)
+    assert gan.read_checkpoint(run, unrolled.Unrolled)["config"].unroll == 2
+    with pytest.raises(gan.UserError, match="--no-second-order"):
+        unrolled.Config(compile=True)
+
+
+def test_ring_command(tmp_path, capsys):
+    out = tmp_path / "ring.png"
+    unrolled.main(["ring", "--seeds", "2", "--steps", "6", "--unroll", "0", "2", "--out", str(out)])
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 4 and table[2] == "| 0 | 0, 0 | 0% (0% to 0%) |" and table[3].startswith("| 2 | 0, 0 |")
+    picture = gan.pil_to_tensor(gan.Image.open(out))
+    assert picture.shape[1:] == (2 * 102 + 2, 7 * 102 + 2)
+    real = unrolled.draw(next(unrolled.points(unrolled.Config(batch=10_000)))[0])
+    assert torch.equal(picture[:1, 2:102, -102:-2], real)
+    point = unrolled.draw(torch.tensor([[2.01, -1.01]]))  # x to the right, y upwards, from -3 to 3 in 100 pixels
+    assert point.nonzero().tolist() == [[0, 66, 83]]
+    for argv in (["ring", "--unroll", "-1"], ["ring", "--steps", "0"], ["ring", "--out", str(tmp_path / "x.txt")]):
+        with pytest.raises(SystemExit) as stop:
+            unrolled.main(argv)
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_digits_command(tmp_path, capsys, monkeypatch):
+    images = torch.randint(256, (128, 1, 16, 16), dtype=torch.uint8)
+    monkeypatch.setattr(gan, "load_images", lambda *args: (images, torch.zeros(128, dtype=torch.int64), []))
+    by_order = lambda x: (
+        None,
+        torch.eye(10)[torch.arange(len(x)) % 5],
+    )  # an extractor that reads 0, 1, 2, 3, 4, 0, ...
+    monkeypatch.setattr(unrolled.metrics, "load_extractor", lambda path: by_order)
+    out = tmp_path / "digits.png"
+    unrolled.main(["digits", "--seeds", "2", "--steps", "6", "--unroll", "0", "1", "--out", str(out)])
+    entropy = f"{math.log(5):.2f}"
+    assert [f"| {k} | {entropy}, {entropy} |" for k in (0, 1)] == capsys.readouterr().out.splitlines()[2:]
+    assert gan.Image.open(out).size == (20 * 18 + 2, 8 * 18 + 2)
+    assert unrolled.entropy(torch.full((9,), 3)) == 0
