@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Watches a run for collapse: scores it at every checkpoint, keeps the best generator, and stops when it gets no better.
+"""Watches a run for collapse: scores each checkpoint, keeps the best generator, and stops when it gets no better.
 
     python recipes/watch.py train --loss hinge --cond --data FOLDER --patience 1500
     python recipes/watch.py train --loss hinge --cond --data FOLDER --watch net.pt2    # by FD(net) in place of SWD
@@ -8,8 +8,8 @@
 GANs that train for long can collapse, large ones suddenly (arXiv 1809.11096), small ones on few images as D memorises
 them. The run's folder also receives best.pt, a checkpoint like any other, watch.jsonl and watch.png.
 
-On 80 photos of daisies (16 px, hinge, no augmentation) FD(MobileNetV2) falls to 191 in 1,440 steps, then rises to 224 at
-step 4,000 as D memorises the photos (one run; 4 minutes of one core of an Intel Xeon, torch 2.14.1).
+On 80 photos of daisies (16 px, hinge, no augmentation) FD(MobileNetV2) falls to 191 by step 1,440 and rises to 224 by
+step 4,000, as D memorises the photos (one run; 4 minutes of one core of an Intel Xeon, torch 2.14.1).
 """
 
 import json
