@@ -69,10 +69,8 @@ class Generator(nn.Module):
         self.norm = nn.BatchNorm2d(widths[-1])
         self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1)
         orthogonal_init(self)
-        # Batch norm cancels the scale of what comes before it, but Adam's steps have a fixed size, so small weights
-        # learn faster. Without classes the gains start near 1 as well, or samples would be smears of many kinds.
-        small = (nn.Conv2d,) if num_classes else (nn.Conv2d, nn.Linear)
-        for layer in (self.linear, *(m for m in self.blocks.modules() if isinstance(m, small))):
+        # Batch norm cancels their scale, but Adam's steps have a fixed size, so small weights learn faster.
+        for layer in (self.linear, *(m for m in self.blocks.modules() if isinstance(m, nn.Conv2d))):
             layer.weight.data *= 0.1
 
     def forward(self, z, y=None):
@@ -203,7 +201,11 @@ class GAN:
     def networks(config, num_classes):
         """Builds (G, D) from a config; num_classes is 0 without classes."""
         shape = config.size, config.channels, config.width, config.max_width
-        return Generator(*shape, config.z_dim, num_classes), Discriminator(*shape, num_classes)
+        G, D = Generator(*shape, config.z_dim, num_classes), Discriminator(*shape, num_classes)
+        quiet = not num_classes and config.loss != "rpgan"  # gains near 1: less variety, but no smears of many kinds
+        for norm in (m for m in G.modules() if quiet and isinstance(m, AdaptiveBatchNorm)):
+            norm.gain_bias.weight.data *= 0.1
+        return G, D
 
     def train_step(self, data):
         """Runs config.d_steps updates of D and config.g_steps of G on data, an iterator such as `batches`.
@@ -277,8 +279,7 @@ class GAN:
         if not all(t.isfinite().all() for t in torch.utils._pytree.tree_leaves(content) if torch.is_tensor(t)):
             raise UserError(f"the state at step {self.steps} is not finite: try lower --lr-G and --lr-D, or --amp off")
         content |= {"config": asdict(self.config), "steps": self.steps, "classes": self.classes, "images": self.images}
-        buffer = io.BytesIO()  # torch.save into a file reports a full disk as a RuntimeError without a reason
-        torch.save(content, buffer)
+        torch.save(content, buffer := io.BytesIO())  # into a file, it would report a full disk without the reason
         with whole_file(path) as file:
             file.write(buffer.getbuffer())
 
@@ -778,7 +779,6 @@ def read_checkpoint(path, model=GAN):
         if flipped := zipfile.ZipFile(io.BytesIO(data)).testzip():
             raise ValueError(f"{flipped} fails its checksum")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        content["config"].pop("ema_ramp", None)  # of an older version
         if unknown := content["config"].keys() - {f.name for f in fields(model.Config)}:
             raise UserError(f"{path} is of another kind of GAN than {model.__name__}, with {', '.join(unknown)}")
         content["config"] = resolve(model.Config(**content["config"]))

@@ -132,6 +132,9 @@ def test_shapes_and_ranges(size, channels, num_classes):
     for network in (gan.Generator, gan.Discriminator):
         with pytest.raises(gan.UserError):
             network(size=size - 8)
+    for loss, scale in (("ns", 1 if num_classes else 0.1), ("rpgan", 1)):  # of the gains, at first
+        G, _ = gan.GAN.networks(gan.Config(loss, size=size, channels=channels, width=4, z_dim=8), num_classes)
+        assert abs(torch.linalg.matrix_norm(G.blocks[0].norm1.gain_bias.weight, 2) - scale) < 1e-4
 
 
 def true_weight(layer):
@@ -264,8 +267,7 @@ def test_noise_is_the_truncated_normal(trunc):
     assert z.shape == (200_000,) and z.abs().max() <= trunc
     density = math.exp(-(trunc**2) / 2) / math.sqrt(2 * math.pi)
     mass = math.erf(trunc / math.sqrt(2))
-    assert abs(z.mean()) < 0.01
-    assert abs(z.var() - (1 - 2 * trunc * density / mass)) < 0.01
+    assert abs(z.mean()) < 0.01 and abs(z.var() - (1 - 2 * trunc * density / mass)) < 0.01
     # The whole distribution, bounds included: a pile-up anywhere would be a jump.
     cdf = (torch.erf(z.sort().values / math.sqrt(2)) / mass + 1) / 2
     assert (cdf - torch.linspace(0, 1, len(z), dtype=torch.float64)).abs().max() < 0.005
@@ -611,8 +613,7 @@ def test_resume_may_change_some_options_and_the_place_of_the_images(folder, tmp_
     assert gan.read_checkpoint(run / "checkpoint.pt")["opt_G"]["param_groups"][0]["lr"] == 1e-6
     assert json.loads((run / "config.json").read_text())["lr_G"] == 1e-6
     resume = ["train", "--resume", str(run)]
-    assert "loss cannot change" in fails(capsys, *resume, "--loss", "wgan")
-    assert "2 steps" in fails(capsys, *resume)
+    assert "loss cannot change" in fails(capsys, *resume, "--loss", "wgan") and "2 steps" in fails(capsys, *resume)
     assert "no runs ''" in fails(capsys, "train", "--resume", "")
     data.rename(moved)
     gan.main([*resume, "--steps", "3", "--data", str(moved)])
@@ -734,8 +735,7 @@ def test_training_learns_the_classes(tmp_path):
 
     start, start_distance = score(gan.GAN(gan.resolve(config), 17).G_ema)
     end, end_distance = score(gan.load_generator(gan.train(config))[0])
-    assert start < 0.12 and end > 0.48
-    assert end_distance < start_distance / 4
+    assert start < 0.12 and end > 0.48 and end_distance < start_distance / 4
 
 
 class Layers(torch.nn.Sequential):
