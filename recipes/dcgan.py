@@ -14,7 +14,6 @@ busy with other work, 10 of them CPU time (torch 2.14.1).
 import itertools
 import math
 import re
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +133,9 @@ def study(args):
     lines = [f"| flags | FD({network.name}) \u2193 | entropy of the digits, bits |", "| --- | ---: | ---: |"]
     for variant in VARIANTS:
         distances, bits = zip(*(score(run, network, real) for run in runs[variant]))
-        lines.append(f"| {variant or 'base'} | {mean_and_spread(distances, 1)} | {mean_and_spread(bits, 2)} |")
+        lines.append(
+            f"| {variant or 'base'} | {report.mean_and_spread(distances, 1)} | {report.mean_and_spread(bits, 2)} |"
+        )
         gan.say(lines[-1])
     with gan.whole_file(args.out / "study.md") as file:
         file.write("\n".join([*lines, ""]).encode())
@@ -159,11 +160,6 @@ def score(run, network, real, n=5000):
     features, logits = map(torch.cat, zip(*map(network, gan.generate(G, n).split(100))))
     shares = logits.argmax(dim=1).bincount() / n
     return metrics.frechet_distance(real, features), torch.special.entr(shares).sum().item() / math.log(2)
-
-
-def mean_and_spread(values, decimals):
-    spread = f" \u00b1 {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{decimals}f}{spread}"
 
 
 def draw(runs, path, columns=16):

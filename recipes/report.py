@@ -15,7 +15,7 @@ import math
 import re
 import statistics
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib
@@ -120,11 +120,6 @@ def html_figure(name, svg, alt):
 # ---- The table
 def table(rows):
     """Lists lines of cells, the heads first: variant, trunc, number of seeds, mean ± deviation of each score."""
-
-    def show(values, decimals):
-        spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{decimals}f}{spread}" if values else "–"
-
     columns, groups = score_columns(rows), {}
     for row in rows:
         groups.setdefault((row["variant"], show_trunc(row["trunc"])), []).append(row)
@@ -133,9 +128,14 @@ def table(rows):
     heads = (f"{c} {'↓' if base_name(c) in LOWER_IS_BETTER else '↑'}" for c in shown)
     lines = [["variant", "trunc", "seeds", *heads]]
     for key, group in groups.items():
-        scores = (show([row[c] for row in group if c in row], SCORES[base_name(c)]) for c in columns)
+        scores = (mean_and_spread([row[c] for row in group if c in row], SCORES[base_name(c)]) for c in columns)
         lines.append([*key, str(len(group)), *scores])
     return lines
+
+
+def mean_and_spread(values, decimals=1):
+    spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{decimals}f}{spread}" if values else "–"
 
 
 def base_name(score):
@@ -260,6 +260,16 @@ def read_scores(run, wanted=None):
         newest, network = max(row["steps"] for row in rows), rows[-1]["network"]
         wanted = wanted or (lambda row: row["network"] == network)
         return {row["trunc"]: row for row in rows if row["steps"] == newest and wanted(row)}
+
+
+def finish_run(run, config, model):
+    """Trains a model in the folder run until config.steps, or goes on with a run that was stopped."""
+    steps = lambda: gan.read_checkpoint(run, model)["steps"]  # noqa: E731
+    begun = (run / "checkpoint.pt").exists()
+    if not begun or steps() < config.steps:
+        gan.train(replace(config, runs=str(run.parent), name=run.name), run if begun else None, model)
+    if steps() != config.steps:
+        raise gan.UserError(f"{run} is at step {steps()} of {config.steps}: repeat the command, or give another --out")
 
 
 def group_runs(runs):
