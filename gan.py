@@ -202,9 +202,8 @@ class GAN:
         """Builds (G, D) from a config; num_classes is 0 without classes."""
         shape = config.size, config.channels, config.width, config.max_width
         G, D = Generator(*shape, config.z_dim, num_classes), Discriminator(*shape, num_classes)
-        quiet = not num_classes and config.loss != "rpgan"  # gains near 1: less variety, but no smears of many kinds
-        for norm in (m for m in G.modules() if quiet and isinstance(m, AdaptiveBatchNorm)):
-            norm.gain_bias.weight.data *= 0.1
+        for norm in (m for m in G.modules() if not num_classes and isinstance(m, AdaptiveBatchNorm)):
+            norm.gain_bias.weight.data *= config.gain_scale
         return G, D
 
     def train_step(self, data):
@@ -690,6 +689,7 @@ class Config:
     width: int | None = option(None, "channels at full resolution (size / 2)", positive)
     max_width: int = option(512, "most channels of any layer", positive)
     z_dim: int = option(128, "length of the noise vector", positive)
+    gain_scale: float = option(0.1, "first scale of the norms' gains without classes; 1: varied, or smears", positive)
     epochs: float | None = option(None, "passes over the data (150; synthetic 75)", positive)
     steps: int | None = option(None, "training steps, instead of epochs", positive)
     batch: int = option(64, "images a step, over all processes; at least 2", lambda n: 2 <= n < 1e9)
@@ -822,8 +822,8 @@ def train(config, resume=None, model=GAN, new_images=False):
         raise UserError(f"--batch {config.batch} is more than the {len(images)} images of {config.data}")
     if config.cond and len(classes) < 2:
         raise UserError(f"--cond needs two sub-folders, without images beside them; {config.data} has {len(classes)}")
-    if config.augment == "auto":  # rpgan learns better without color: see bench/README.md
-        strength = sum(len(images) < limit for limit in (50_000, 20_000, 5_000 * (config.loss != "rpgan")))
+    if config.augment == "auto":  # rpgan with classes learns better without color: see bench/README.md
+        strength = sum(len(images) < n for n in (50_000, 20_000, 5_000 * (config.loss != "rpgan" or not config.cond)))
         config = replace(config, augment=("none", "cutout", "translation,cutout", "color,translation,cutout")[strength])
 
     # Build or restore the GAN.
