@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A Wasserstein GAN under spectral norm, on USPS, and what breaks it (arXiv 1701.07875, 1802.05957).
 
-    python recipes/wgan.py train --data usps --size 16 --width 16 --d-steps 2 --lr-G 1e-3 --lr-D 1e-3 --steps 800
+    python recipes/wgan.py train --data usps --size 16 --width 16 --steps 1200
     python recipes/wgan.py study --extractor digits.pt2    # beside ns, and with one change at a time
 
 Batch norm in the critic breaks it, and a sigmoid stops it. Batch norm divides by the deviation of its batch, so bounded
