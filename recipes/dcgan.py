@@ -150,7 +150,7 @@ def train_once(variant, seed, args):
         gan.main(["train", *BASE.split(), *variant.split(), *where], DCGAN)
     content = gan.read_checkpoint(run, DCGAN)
     if content["steps"] < content["config"].steps:
-        raise gan.UserError(f"{run} was stopped: finish it by `train --resume {run}`, then continue the study")
+        raise gan.UserError(f"{run} was stopped: finish it by `dcgan.py train --resume {run}`, then continue the study")
     return run
 
 

@@ -108,6 +108,8 @@ def study(args):
     """Restores the pictures under each mask in three ways, walks between them, and draws all of it."""
     extractor = metrics.load_extractor(args.extractor) if args.extractor else None
     G, config = gan.load_generator(gan.find_run(args.run))
+    if args.starts < G.num_classes:
+        raise gan.UserError(f"--starts {args.starts}: give one for each of the {G.num_classes} classes, or more")
     images, generator = unseen_images(config, args.data), torch.Generator().manual_seed(args.seed)
     x = gan.to_float(images[torch.randperm(len(images), generator=generator)[: args.n]])
     panels, everything = {"walks": []}, torch.ones(len(x), 1, *x.shape[2:], dtype=torch.bool)
@@ -133,7 +135,9 @@ def main(argv=None):
     parser.add_argument("--run", help="run, by name or path (the newest in the folder runs)")
     parser.add_argument("--data", help="folder of pictures to invert (the test images of the run's data set)")
     parser.add_argument("--n", type=positive, default=100, help="most pictures (100)")
-    parser.add_argument("--starts", type=positive, default=4, help="descents a picture (4)")
+    parser.add_argument(
+        "--starts", type=positive, default=4, help="descents a picture, at least one for each class of the run (4)"
+    )
     parser.add_argument("--steps", type=positive, default=120, help="steps a descent (120)")
     parser.add_argument("--extractor", help="program of classifier.py that names the digits along a walk")
     parser.add_argument(

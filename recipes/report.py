@@ -269,7 +269,7 @@ def finish_run(run, config, model):
     if not begun or steps() < config.steps:
         gan.train(replace(config, runs=str(run.parent), name=run.name), run if begun else None, model)
     if steps() != config.steps:
-        raise gan.UserError(f"{run} is at step {steps()} of {config.steps}: repeat the command, or give another --out")
+        raise gan.UserError(f"{run} is at step {steps()} of {config.steps}: continue it, or give another --out")
 
 
 def group_runs(runs):

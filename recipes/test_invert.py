@@ -92,7 +92,7 @@ def test_command_line(run, tmp_path, capsys):
     for i, image in enumerate(gan.generate(gan.load_generator(run)[0], 5)):
         (tmp_path / "some").mkdir(exist_ok=True)
         to_pil_image(image).save(tmp_path / "some" / f"{i}.png")
-    argv = ["--run", str(run), "--data", str(tmp_path / "some"), "--n", "4", "--steps", "3", "--starts", "2"]
+    argv = ["--run", str(run), "--data", str(tmp_path / "some"), "--n", "4", "--steps", "3", "--starts", "17"]
     invert.main([*argv, "--out", str(tmp_path / "out.png")])
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["pepper", "rows", "square", "nothing hidden"]

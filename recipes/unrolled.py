@@ -190,10 +190,11 @@ def main(argv=None):
     parser.add_argument("--unroll", type=gan.whole_number, nargs="+", help="each k (ring 0 1 5 10; digits 0 4)")
     parser.add_argument("--seeds", type=lambda n: gan.whole_number(n, 1), default=5, help="seeds, counted from 0 (5)")
     parser.add_argument("--steps", type=lambda n: gan.whole_number(n, 6), help="steps (ring 4000; digits 2000)")
-    parser.add_argument("--out", default="unrolled.png", help="picture to write (unrolled.png)")
+    parser.add_argument("--out", help="picture to write (unrolled-ring.png, unrolled-digits.png)")
     parser.add_argument("--data-dir", default="data", help="where MNIST lies or is downloaded to (data)")
     parser.add_argument("--extractor", default="digits.pt2", help="program of classifier.py, for MNIST (digits.pt2)")
     args = parser.parse_args(argv)
+    args.out = args.out or f"unrolled-{args.command}.png"
     try:
         if Path(args.out).suffix != ".png":
             raise gan.UserError(f"--out {args.out}: give a name that ends in .png")

@@ -39,7 +39,11 @@ class Watched(gan.GAN):
 
     def __init__(self, config, num_classes=0, device="cpu"):
         super().__init__(config, num_classes, device)
-        self.judge, self.ending = Judge(config, self.device), False
+        self.judge, self.since, self.ending = Judge(config, self.device), 0, False
+
+    def load(self, path, new_images=False):
+        super().load(path, new_images)
+        self.since = self.steps  # a run that patience has ended may go on
 
     def save(self, path):
         """Writes the checkpoint; then scores it, and if it is the best so far, writes best.pt beside it."""
@@ -54,7 +58,11 @@ class Watched(gan.GAN):
             file.write("".join(json.dumps(r) + "\n" for r in records).encode())
         draw(records, best, self.judge.name, run / "watch.png")
         gan.say(f"{self.judge.name} {records[-1]['score']:.2f}, best {best['score']:.2f} at step {best['step']}")
-        if self.config.patience and self.steps - best["step"] >= self.config.patience and not self.ending:
+        if (
+            self.config.patience
+            and self.steps - max(best["step"], self.since) >= self.config.patience
+            and not self.ending
+        ):
             self.ending = True  # a second signal would end the run at once
             signal.raise_signal(signal.SIGINT)  # as Ctrl-C does: gan.train ends with a checkpoint and a grid
 
@@ -68,7 +76,10 @@ class Judge:
         self.images, self.classes = images[index], labels[index].tolist() if config.cond else None
         self.network, self.name = None, "SWD"
         if config.watch != "swd":
-            self.network = metrics.load_extractor(config.watch, device)
+            try:
+                self.network = metrics.load_extractor(config.watch, device)
+            except metrics.UserError as error:
+                raise gan.UserError(str(error))
             self.name, self.real = metrics.label("FID", self.network.made_by), self.stats(self.images)
 
     def score(self, G):

@@ -2,7 +2,7 @@
 """A Wasserstein GAN under spectral norm, on USPS, and what breaks it (arXiv 1701.07875, 1802.05957).
 
     python recipes/wgan.py train --data usps --size 16 --width 16 --steps 1200
-    python recipes/wgan.py study --extractor digits.pt2    # beside ns, and with one change at a time
+    python recipes/wgan.py study --extractor usps.pt2    # beside ns, and with one change at a time
 
 Batch norm in the critic breaks it, and a sigmoid stops it. Batch norm divides by the deviation of its batch, so bounded
 weights do not bound the slope; and it normalises real and fake together in D's step but fakes alone in G's, which then
@@ -122,7 +122,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=count, default=1, help="runs of wgan and of ns (1)")
     parser.add_argument("--steps", type=count, default=1200, help="of a run (1200)")
     parser.add_argument("--data-dir", default="data", help="where USPS lies or is downloaded to (data)")
-    parser.add_argument("--extractor", default="digits.pt2", help="program of classifier.py (digits.pt2)")
+    parser.add_argument("--extractor", default="usps.pt2", help="program of classifier.py usps (usps.pt2)")
     parser.add_argument("--out", type=Path, default=Path("runs/wgan"), help="folder (runs/wgan)")
     try:
         study(**vars(parser.parse_args(argv[1:])))
