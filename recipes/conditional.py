@@ -58,8 +58,7 @@ def study(seeds, steps, data_dir, extractor, out):
     """Trains what is missing in the folder `out`, measures every run, and writes study.md and study.png there."""
     network = metrics.load_extractor(extractor)
     images, labels, classes = gan.load_images(SETTING.data, SETTING.size, 1, data_dir)
-    if (logits := network(images[:1])[1]) is None or logits.shape[1] != len(classes):
-        raise gan.UserError(f"{extractor} does not tell {len(classes)} classes apart: make one with classifier.py")
+    report.check_reader(network, extractor, images, len(classes))
     real = metrics.measure_cached(network, enlarge(images), gan.cache_folder()).stats
     runs, lines = {}, ["| | right digit % | commonest digit % | FD(digits) |", "| --- | ---: | ---: | ---: |"]
     lines.append(row("real images", [score(images[:SAMPLES], labels[:SAMPLES], network, real)]))

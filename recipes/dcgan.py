@@ -129,6 +129,7 @@ def study(args):
     runs = {variant: [train_once(variant, seed, args) for seed in range(args.seeds)] for variant in VARIANTS}
     config = gan.read_checkpoint(runs[""][0], DCGAN)["config"]
     images, _, _ = gan.load_images(config.data, config.size, config.channels, config.data_dir)
+    report.check_reader(network, args.extractor, images)
     real = metrics.measure_cached(network, images, gan.cache_folder()).features
     lines = [f"| flags | FD({network.name}) ↓ | entropy of the digits, bits |", "| --- | ---: | ---: |"]
     for variant in VARIANTS:

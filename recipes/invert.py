@@ -16,9 +16,10 @@ import torch
 import torchvision
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import gan
 import metrics
+import report
 
 MASKS = ("pepper", "rows", "square")
 
@@ -111,6 +112,8 @@ def study(args):
     if args.starts < G.num_classes:
         raise gan.UserError(f"--starts {args.starts}: give one for each of the {G.num_classes} classes, or more")
     images, generator = unseen_images(config, args.data), torch.Generator().manual_seed(args.seed)
+    if extractor:
+        report.check_reader(extractor, args.extractor, images)
     x = gan.to_float(images[torch.randperm(len(images), generator=generator)[: args.n]])
     panels, everything = {"walks": []}, torch.ones(len(x), 1, *x.shape[2:], dtype=torch.bool)
     for mask in MASKS:

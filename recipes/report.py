@@ -262,6 +262,13 @@ def read_scores(run, wanted=None):
         return {row["trunc"]: row for row in rows if row["steps"] == newest and wanted(row)}
 
 
+def check_reader(network, path, images, classes=10):
+    """Refuses an extractor, that of the file path, which does not tell so many classes of uint8 images apart."""
+    logits = network(images[:1])[1]
+    if logits is None or logits.shape[1] != classes:
+        raise gan.UserError(f"{path} does not tell {classes} classes apart: make one with classifier.py")
+
+
 def finish_run(run, config, model):
     """Trains a model in the folder run until config.steps, or goes on with a run that was stopped."""
     steps = lambda: gan.read_checkpoint(run, model)["steps"]  # noqa: E731

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import gan
 import metrics
+import report
 
 
 @dataclass
@@ -174,6 +175,7 @@ def digits(args):
     images, labels, _ = gan.load_images("mnist", DIGITS["size"], 1, args.data_dir)
     data = lambda config: gan.batches(images, labels, config, torch.device("cpu"))
     extractor, pictures = metrics.load_extractor(args.extractor), []
+    report.check_reader(extractor, args.extractor, images)
     gan.say("| k | entropy of the digits drawn, by seed |")
     gan.say("| ---: | --- |")
     for k in args.unroll or (0, 4):

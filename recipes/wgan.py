@@ -73,8 +73,7 @@ def study(seeds, steps, data_dir, extractor, out):
     """Trains what is missing in the folder `out`, measures every run, and writes study.md and study.png there."""
     network = metrics.load_extractor(extractor)
     images, *_ = gan.load_images(SETTING.data, SETTING.size, 1, data_dir)
-    if network(images[:1])[1] is None:
-        raise gan.UserError(f"{extractor} does not tell digits apart: make one with classifier.py")
+    report.check_reader(network, extractor, images)
     real = metrics.measure_cached(network, images, gan.cache_folder()).stats
     runs = {}
     lines = ["| | runs | FD(digits) | rarest digit % | commonest digit % |", "| --- | ---: | ---: | ---: | ---: |"]
