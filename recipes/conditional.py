@@ -12,16 +12,14 @@ images, under minimax and ns alike. D's loss is the same in all. A run takes 75 
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torchvision.transforms.functional import InterpolationMode, resize
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import gan
-import metrics
 import report
 
 
@@ -44,100 +42,50 @@ class Conditional(gan.GAN):
 
 
 # ---- The study: either D, under either loss
-SETTING = Config(data="mnist", cond=True, size=16, width=16, sample_every=1000)
-SAMPLES = 10_000  # of each run, and as many real images
+def shown(logits, due):
+    """Computes what % of samples is read as the class due [n], and as the commonest of its class, from logits [n,K]."""
+    shares = confusion(logits, due)
+    return tuple(100 * share.mean().item() for share in (shares.diag(), shares.amax(dim=1)))
+
+
+def confusion(logits, due):
+    """Tabulates what is read where what was due: logits [n,K], due [n] -> [K due,K read], whose rows sum to 1."""
+    k = logits.shape[1]
+    counts = torch.bincount(due * k + logits.argmax(dim=1), minlength=k * k).view(k, k)
+    return counts / counts.sum(dim=1, keepdim=True)
+
+
+def draw(model, runs):
+    """Draws each variant's first G, a row for each class and one z down each column, above D's losses in all runs."""
+    figure = Figure((12, 6), layout="constrained")
+    axes = figure.subplot_mosaic([[*runs], ["loss"] * len(runs)], height_ratios=(5, 3))
+    for i, (title, folders) in enumerate(runs.items()):
+        G, _ = gan.load_generator(folders[0], model=model)
+        axes[title].imshow(gan.sample_grid(G).permute(1, 2, 0).numpy())
+        axes[title].set(title=title, xticks=[], yticks=[], ylabel="" if i else "class", xlabel="z")
+        for seed, log in enumerate(map(report.read_log, folders)):
+            curve = [record["step"] for record in log], [record["loss_D"] for record in log]
+            axes["loss"].plot(*curve, f"C{i}", linewidth=1, label=None if seed else title)
+    axes["loss"].set(xlabel="step", ylabel="loss of D"), axes["loss"].legend()
+    return figure
+
+
 VARIANTS = {
     "minimax, plain D": dict(loss="minimax", plain_d=True),
     "ns, plain D": dict(loss="ns", plain_d=True),
     "minimax, conditional D": dict(loss="minimax"),
     "ns, conditional D": dict(loss="ns"),
 }
-
-
-def study(seeds, steps, data_dir, extractor, out):
-    """Trains what is missing in the folder `out`, measures every run, and writes study.md and study.png there."""
-    network = metrics.load_extractor(extractor)
-    images, labels, classes = gan.load_images(SETTING.data, SETTING.size, 1, data_dir)
-    report.check_reader(network, extractor, images, len(classes))
-    real = metrics.measure_cached(network, enlarge(images), gan.cache_folder()).stats
-    runs, lines = {}, ["| | right digit % | commonest digit % | FD(digits) |", "| --- | ---: | ---: | ---: |"]
-    lines.append(row("real images", [score(images[:SAMPLES], labels[:SAMPLES], network, real)]))
-    for name, choice in VARIANTS.items():
-        runs[name] = [out / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}" for seed in range(seeds)]
-        for seed, run in enumerate(runs[name]):
-            report.finish_run(run, replace(SETTING, **choice, seed=seed, steps=steps, data_dir=data_dir), Conditional)
-        lines.append(row(name, [score(*samples(run), network, real) for run in runs[name]]))
-        gan.say(lines[-1])
-    with gan.whole_file(out / "study.md") as file:
-        file.write("\n".join([*lines, ""]).encode())
-    draw(runs, out / "study.png")
-
-
-def samples(run):
-    """Draws from a run's G: images [N,1,S,S], and the classes [N] they are to show, each in turn."""
-    G, _ = gan.load_generator(run, model=Conditional)
-    return gan.generate(G, SAMPLES, classes=range(G.num_classes)), torch.arange(SAMPLES) % G.num_classes
-
-
-# ---- Does an image show its class?
-def score(images, due, network, real):
-    """Scores images [N,1,S,S] of the classes due [N]: % read as due, % of a class's commonest digit, FD(digits)."""
-    features, logits = map(torch.cat, zip(*map(network, enlarge(images).split(network.batch))))
-    shares = confusion(logits, due)
-    right, commonest = (100 * share.mean().item() for share in (shares.diag(), shares.amax(dim=1)))
-    return right, commonest, metrics.frechet_distance(real, features)
-
-
-def confusion(logits, due):
-    """Tabulates what is read where what was due: logits [N,K], due [N] -> [K due,K read], whose rows sum to 1."""
-    k = logits.shape[1]
-    counts = torch.bincount(due * k + logits.argmax(dim=1), minlength=k * k).view(k, k)
-    return counts / counts.sum(dim=1, keepdim=True)
-
-
-def enlarge(images):
-    """Enlarges uint8 images [N,1,S,S] to the 32 pixels at which the reader learned to read."""
-    return resize(images, [32, 32], InterpolationMode.BICUBIC, antialias=True)
-
-
-def row(name, scores):
-    """Makes a line of the table: the mean of each score over runs and, of several, the standard deviation."""
-    cells = map(report.mean_and_spread, zip(*scores))
-    return f"| {name} | {' | '.join(cells)} |"
-
-
-def draw(runs, path):
-    """Draws each variant's first G, a row for each class and one z down each column, above D's losses in all runs."""
-    figure = Figure((12, 6), layout="constrained")
-    axes = figure.subplot_mosaic([[*runs], ["loss"] * len(runs)], height_ratios=(5, 3))
-    for i, (name, folders) in enumerate(runs.items()):
-        G, _ = gan.load_generator(folders[0], model=Conditional)
-        axes[name].imshow(gan.sample_grid(G).permute(1, 2, 0).numpy())
-        axes[name].set(title=name, xticks=[], yticks=[], ylabel="" if i else "class", xlabel="z")
-        for seed, log in enumerate(map(report.read_log, folders)):
-            curve = [record["step"] for record in log], [record["loss_D"] for record in log]
-            axes["loss"].plot(*curve, f"C{i}", linewidth=1, label=None if seed else name)
-    axes["loss"].set(xlabel="step", ylabel="loss of D"), axes["loss"].legend()
-    with gan.whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=80)
-
-
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] != ["study"]:
-        return gan.main(argv, Conditional)
-    parser = gan.Parser(prog="conditional.py study", description="Compares a plain and a conditional D on MNIST.")
-    count = lambda text: gan.whole_number(text, 1)  # noqa: E731
-    parser.add_argument("--seeds", type=count, default=1, help="runs of each (1)")
-    parser.add_argument("--steps", type=count, default=1000, help="of a run (1000)")
-    parser.add_argument("--data-dir", default="data", help="where MNIST lies or is downloaded to (data)")
-    parser.add_argument("--extractor", default="digits.pt2", help="program of classifier.py (digits.pt2)")
-    parser.add_argument("--out", type=Path, default=Path("runs/conditional"), help="folder (runs/conditional)")
-    try:
-        study(**vars(parser.parse_args(argv[1:])))
-    except (gan.UserError, metrics.UserError, OSError) as error:
-        parser.exit(2, gan.say(f"conditional.py: error: {error}", sys.stderr))
-
+STUDY = report.Study(
+    name="conditional",
+    model=Conditional,
+    setting=Config(data="mnist", cond=True, size=16, width=16, steps=1000, sample_every=1000),
+    variants=VARIANTS,
+    titles={"right digit %": 1, "commonest digit %": 1},
+    score=shown,
+    draw=draw,
+    n=10_000,
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(sys.argv[2:]) if sys.argv[1:2] == ["study"] else gan.main(model=Conditional)

@@ -12,20 +12,16 @@ Xeon (torch 2.14.1).
 """
 
 import itertools
-import math
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import gan
-import metrics
 import report
 
 
@@ -117,82 +113,28 @@ class DCGAN(gan.GAN):
         return loss.detach(), self.real_logits.mean(), fake_logits.detach().mean()
 
 
-# ---- The study: a small base, and flags of `train` that change one setting each
-BASE = "--data mnist --size 32 --ngf 16 --ndf 16 --steps 600"
-VARIANTS = ["", "--ngf 64", "--ndf 64", "--z-dim 10", "--z-dim 1000", "--init torch", "--steps 2400", "--cond"]
-VARIANTS += [f"--lr-G {rate} --lr-D {rate}" for rate in ("2e-2", "2e-6")]
-
-
-def study(args):
-    """Trains every variant with every seed and scores its runs; args.out receives the runs, the table and a picture."""
-    network = metrics.load_extractor(args.extractor)  # first, so that a wrong path shows before the long work
-    runs = {variant: [train_once(variant, seed, args) for seed in range(args.seeds)] for variant in VARIANTS}
-    config = gan.read_checkpoint(runs[""][0], DCGAN)["config"]
-    images, _, _ = gan.load_images(config.data, config.size, config.channels, config.data_dir)
-    report.check_reader(network, args.extractor, images)
-    real = metrics.measure_cached(network, images, gan.cache_folder()).features
-    lines = [f"| flags | FD({network.name}) ↓ | entropy of the digits, bits |", "| --- | ---: | ---: |"]
-    for variant in VARIANTS:
-        distances, bits = zip(*(score(run, network, real) for run in runs[variant]))
-        lines.append(
-            f"| {variant or 'base'} | {report.mean_and_spread(distances, 1)} | {report.mean_and_spread(bits, 2)} |"
-        )
-        gan.say(lines[-1])
-    with gan.whole_file(args.out / "study.md") as file:
-        file.write("\n".join([*lines, ""]).encode())
-    draw(runs, args.out / "study.png")
-
-
-def train_once(variant, seed, args):
-    """Trains a run of BASE with the flags of a variant, unless it is there; returns its folder."""
-    run = args.out / f"{re.sub('[^A-Za-z0-9.]+', '-', variant).strip('-') or 'base'}-seed{seed}"
-    if not (run / "checkpoint.pt").exists():
-        where = ["--data-dir", args.data_dir, "--runs", str(args.out), "--name", run.name, "--seed", str(seed)]
-        gan.main(["train", *BASE.split(), *variant.split(), *where], DCGAN)
-    content = gan.read_checkpoint(run, DCGAN)
-    if content["steps"] < content["config"].steps:
-        raise gan.UserError(f"{run} was stopped: finish it by `dcgan.py train --resume {run}`, then continue the study")
-    return run
-
-
-def score(run, network, real, n=5000):
-    """Scores n samples: their Frechet distance to the features real[N,d], and the entropy of their digits in bits."""
-    G, _ = gan.load_generator(run, model=DCGAN)
-    features, logits = map(torch.cat, zip(*map(network, gan.generate(G, n).split(100))))
-    shares = logits.argmax(dim=1).bincount() / n
-    return metrics.frechet_distance(real, features), torch.special.entr(shares).sum().item() / math.log(2)
-
-
-def draw(runs, path, columns=16):
-    """Draws, for each variant, samples of its first seed and the loss of D of every seed."""
-    figure = Figure((10, 0.62 * len(runs)), layout="constrained")
-    panels = figure.subplots(len(runs), 2, sharex="col", sharey="col", width_ratios=(5, 2))
-    for (strip, curves), (variant, seeds) in zip(panels, runs.items()):
-        G, _ = gan.load_generator(seeds[0], model=DCGAN)
-        samples = gan.generate(G, columns, classes=range(G.num_classes) or None)
-        strip.imshow(gan.tile(samples, columns).permute(1, 2, 0).numpy())
-        strip.set(xticks=[], yticks=[])
-        strip.set_ylabel(variant.replace(" --", "\n--") or "base", rotation=0, ha="right", va="center", fontsize=8)
-        for log in map(report.read_log, seeds):
-            curves.plot([record["step"] for record in log], [record["loss_D"] for record in log], linewidth=0.7)
-        curves.tick_params(labelsize=7)
-    panels[0, 1].set_title("loss of D", fontsize=8)
-    with gan.whole_file(path) as file:
-        figure.savefig(file, dpi=90)
-
-
-def study_command(argv):
-    parser = gan.Parser(prog="dcgan.py study", description="changes one setting of a DCGAN at a time")
-    parser.add_argument("--seeds", type=lambda n: gan.whole_number(n, 1, 100), default=1, help="runs of a variant (1)")
-    parser.add_argument("--extractor", default="digits.pt2", help="made by classifier.py (digits.pt2)")
-    parser.add_argument("--data-dir", default="data", help="where MNIST lies or is downloaded to (data)")
-    parser.add_argument("--out", type=Path, default=Path("runs/dcgan"), help="folder of the study (runs/dcgan)")
-    args = parser.parse_args(argv)
-    try:
-        study(args)
-    except (gan.UserError, metrics.UserError, OSError) as error:
-        parser.exit(2, gan.say(f"dcgan.py: error: {error}", sys.stderr))
-
+# ---- The study: a small base, and one change at a time
+VARIANTS = {
+    "base": {},
+    "ngf 64": dict(ngf=64, width=64),
+    "ndf 64": dict(ndf=64),
+    "nz 10": dict(z_dim=10),
+    "nz 1000": dict(z_dim=1000),
+    "torch's first weights": dict(init="torch"),
+    "4 times the steps": dict(steps=2400),
+    "with classes": dict(cond=True),
+    "learning rates 0.02": dict(lr_G=2e-2, lr_D=2e-2),
+    "learning rates 0.000002": dict(lr_G=2e-6, lr_D=2e-6),
+}
+STUDY = report.Study(
+    name="dcgan",
+    model=DCGAN,
+    setting=Config(data="mnist", size=32, ngf=16, ndf=16, steps=600),
+    variants=VARIANTS,
+    titles={"entropy of the digits, bits": 2},
+    score=lambda logits, due: (report.entropy(logits),),
+    draw=report.draw_strips,
+)
 
 if __name__ == "__main__":
-    study_command(sys.argv[2:]) if sys.argv[1:2] == ["study"] else gan.main(model=DCGAN)
+    STUDY.main(sys.argv[2:]) if sys.argv[1:2] == ["study"] else gan.main(model=DCGAN)

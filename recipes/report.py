@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Writes a page about runs: their scores, samples, training curves and a time-lapse.
+"""Writes a page about runs: their scores, samples, training curves and a time-lapse. Holds what studies share.
 
     python recipes/report.py RUN...    # folders of runs that `gan.py eval` has scored
 
@@ -15,16 +15,20 @@ import math
 import re
 import statistics
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torchvision.transforms.functional import InterpolationMode, resize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gan
+import metrics
 
 SCORES = {"FID": 1, "FD": 1, "SWD": 1, "KID": 4, "IS": 2, "precision": 3, "recall": 3}  # name: decimals
 TESTED = "Differences are paired by seed. Student's t at 95% decides what they settle, and errs once in twenty times."
@@ -262,23 +266,6 @@ def read_scores(run, wanted=None):
         return {row["trunc"]: row for row in rows if row["steps"] == newest and wanted(row)}
 
 
-def check_reader(network, path, images, classes=10):
-    """Refuses an extractor, that of the file path, which does not tell so many classes of uint8 images apart."""
-    logits = network(images[:1])[1]
-    if logits is None or logits.shape[1] != classes:
-        raise gan.UserError(f"{path} does not tell {classes} classes apart: make one with classifier.py")
-
-
-def finish_run(run, config, model):
-    """Trains a model in the folder run until config.steps, or goes on with a run that was stopped."""
-    steps = lambda: gan.read_checkpoint(run, model)["steps"]  # noqa: E731
-    begun = (run / "checkpoint.pt").exists()
-    if not begun or steps() < config.steps:
-        gan.train(replace(config, runs=str(run.parent), name=run.name), run if begun else None, model)
-    if steps() != config.steps:
-        raise gan.UserError(f"{run} is at step {steps()} of {config.steps}: continue it, or give another --out")
-
-
 def group_runs(runs):
     """Groups folders of runs that differ in nothing but the seed; returns variants and rows for write_report."""
     variants, rows, names = {}, [], {}
@@ -292,6 +279,120 @@ def group_runs(runs):
         variants.setdefault(variant, []).append(run)
         rows += [{"variant": variant, **row} for row in read_scores(run).values() if row["steps"] == content["steps"]]
     return variants, rows
+
+
+# ---- Studies of other recipes: variants of a model, judged by a network that reads digits
+@dataclass
+class Study:
+    """The command `NAME.py study`: trains variants of a model from several seeds and has a network read their samples.
+    Writes study.md, with scores of the real images and of each variant, and study.png."""
+
+    name: str  # of the recipe
+    model: type  # a kind of gan.GAN
+    setting: gan.Config  # of all runs
+    variants: dict  # {title: changes of the setting}
+    titles: dict  # {title: decimals} of the numbers that score returns; the table has FD before them
+    score: Callable  # (logits[n,10], due[n]) -> numbers, for n samples of the classes due, or of no class
+    draw: Callable  # (model, {title: folders of runs}) -> figure
+    reader: str = "digits.pt2"  # of classifier.py
+    n: int = 5000  # samples of each run, and real images
+
+    def main(self, argv):
+        """Runs the command, with these flags."""
+        count, out = (lambda text: gan.whole_number(text, 1)), Path("runs", self.name)
+        parser = gan.Parser(prog=f"{self.name}.py study", description="Trains variants, scores and draws them.")
+        add = parser.add_argument
+        add("--seeds", type=count, default=1, help="runs of each variant (1)")
+        add("--steps", type=count, default=self.setting.steps, help=f"of a run ({self.setting.steps})")
+        add("--data-dir", default="data", help=f"where {self.setting.data} lies or is downloaded to (data)")
+        add("--extractor", default=self.reader, help=f"program of classifier.py ({self.reader})")
+        add("--out", type=Path, default=out, help=f"folder of runs and results ({out})")
+        args = parser.parse_args(argv)
+        try:
+            self.compare(**vars(args))
+        except (gan.UserError, metrics.UserError, OSError) as error:
+            parser.exit(2, gan.say(f"{self.name}.py: error: {error}", sys.stderr))
+
+    def compare(self, seeds, steps, data_dir, extractor, out):
+        """Trains the runs that the folder `out` lacks, and makes the table and the picture."""
+        network = metrics.load_extractor(extractor)
+        setting = replace(gan.resolve(self.setting), steps=steps, data_dir=data_dir)
+        images, labels, _ = gan.load_images(setting.data, setting.size, setting.channels, data_dir)
+        check_reader(network, extractor, images)
+        real = metrics.measure_cached(network, enlarge(images), gan.cache_folder()).stats
+        heads = ["", "runs", f"FD({network.name})", *self.titles]
+        lines, runs = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"], {}
+
+        def add_row(title, scores):
+            cells = map(mean_and_spread, zip(*scores), (1, *self.titles.values()))
+            lines.append(f"| {title} | {len(scores)} | {' | '.join(cells)} |")
+            gan.say(lines[-1])
+            with gan.whole_file(out / "study.md") as file:  # now, so that a study that is stopped shows what it has
+                file.write("\n".join([*lines, ""]).encode())
+
+        add_row("real images", [self.measure(network, real, images[: self.n], labels[: self.n])])
+        for title, change in self.variants.items():
+            runs[title] = [out / f"{re.sub('[^A-Za-z0-9.]+', '-', title)}-seed{seed}" for seed in range(seeds)]
+            for seed, run in enumerate(runs[title]):
+                finish_run(run, replace(setting, **{"seed": seed} | change), self.model)
+            add_row(title, [self.measure(network, real, *self.samples(run)) for run in runs[title]])
+        with gan.whole_file(out / "study.png") as file:
+            self.draw(self.model, runs).savefig(file, format="png", dpi=80)
+
+    def samples(self, run):
+        """Draws from a run's G: images [n,C,S,S], and the classes [n] they are to show, each in turn."""
+        G, _ = gan.load_generator(run, model=self.model)
+        classes = range(G.num_classes) or None
+        return gan.generate(G, self.n, classes=classes), gan.choose_classes(G, self.n, classes)
+
+    def measure(self, network, real, images, due):
+        """Scores images [n,C,S,S] of the classes due [n]: the distance to statistics real, then `score`."""
+        features, logits = map(torch.cat, zip(*map(network, enlarge(images).split(network.batch))))
+        return metrics.frechet_distance(real, features), *self.score(logits, due)
+
+
+def enlarge(images):
+    """Enlarges uint8 images [n,C,S,S] to the 32 pixels at which the network learned to read."""
+    return resize(images, [32, 32], InterpolationMode.BICUBIC, antialias=True)
+
+
+def check_reader(network, path, images):
+    """Refuses an extractor, that of the file path, which does not tell ten digits apart in uint8 images [N,C,S,S]."""
+    logits = network(images[:1])[1]
+    if logits is None or logits.shape[1] != 10:
+        raise gan.UserError(f"{path} does not tell 10 digits apart: make one with classifier.py")
+
+
+def finish_run(run, config, model):
+    """Trains a model in the folder run until config.steps, or goes on with a run that was stopped."""
+    steps = lambda: gan.read_checkpoint(run, model)["steps"]  # noqa: E731
+    begun = (run / "checkpoint.pt").exists()
+    if not begun or steps() < config.steps:
+        gan.train(replace(config, runs=str(run.parent), name=run.name), run if begun else None, model)
+    if steps() != config.steps:
+        raise gan.UserError(f"{run} is at step {steps()} of {config.steps}: continue it, or give another --out")
+
+
+def entropy(logits):
+    """Computes the entropy in bits of what logits [n,K] say is in n images: 0 if always the same, log2 K at most."""
+    return torch.special.entr(logits.argmax(dim=1).bincount() / len(logits)).sum().item() / math.log(2)
+
+
+def draw_strips(model, runs, columns=16):
+    """Draws a row of samples for each run of the variants {title: runs}, beside its loss of D; returns the figure."""
+    figure = Figure((12, len(runs) * (0.5 + 0.55 * max(map(len, runs.values())))), layout="constrained")
+    panels = figure.subplots(len(runs), 2, squeeze=False, sharex="col", width_ratios=(5, 2))
+    for (strip, curves), (title, folders) in zip(panels, runs.items()):
+        nets = [gan.load_generator(run, model=model)[0] for run in folders]
+        rows = [gan.generate(G, columns, classes=range(G.num_classes) or None) for G in nets]
+        strip.imshow(gan.tile(torch.cat(rows), columns).permute(1, 2, 0).numpy())
+        strip.set(xticks=[], yticks=[])
+        strip.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+        for log in map(read_log, folders):
+            curves.plot([record["step"] for record in log], [record["loss_D"] for record in log], linewidth=0.7)
+        curves.tick_params(labelsize=7)
+    panels[0, 1].set_title("loss of D", fontsize=9)
+    return figure
 
 
 def main():

@@ -57,7 +57,7 @@ def test_each_change_is_what_it_says():
     assert torch.allclose(critic(sigmoid=True).eval()(x), plain.sigmoid(), rtol=1e-4)
     count = lambda D: sum(isinstance(m, nn.BatchNorm2d) for m in D.modules())
     assert count(critic(batch_norm=True)) == 2 and count(critic()) == 0
-    configs = {name: replace(wgan.SETTING, **change) for name, change in (wgan.COMPARED | wgan.CHANGES).items()}
+    configs = {name: replace(wgan.STUDY.setting, **change) for name, change in wgan.VARIANTS.items()}
     assert len(set(map(repr, configs.values()))) == len(configs) and configs["wgan"].loss == "wgan"
 
 
@@ -76,29 +76,27 @@ def test_adam_cancels_a_gain_only_in_a_linear_loss():
     assert moved["wgan"] < moved["ns"] / 3, moved
 
 
-def test_study_trains_what_is_missing_and_counts_the_digits(tmp_path, monkeypatch, capsys):
-    setting = replace(wgan.SETTING, data="synthetic", channels=1, **TOY)
-    monkeypatch.setattr(wgan, "SETTING", setting)
-    monkeypatch.setattr(wgan, "COMPARED", {"wgan": {}})
-    monkeypatch.setattr(wgan, "CHANGES", {"batch norm": dict(batch_norm=True)})
+def test_shares_count_the_digits():
+    read = torch.eye(10)[torch.tensor([3] * 12 + [5] * 6 + [0, 1])]
+    assert wgan.shares(read, None) == pytest.approx((0, 60))
+    assert wgan.shares(read.roll(1, dims=1).repeat(10, 1) + torch.eye(10).repeat(20, 1) * 2, None) == pytest.approx(
+        (10, 10)
+    )
+
+
+def test_study_draws_and_scores_each_variant(tmp_path, monkeypatch, capsys):
+    setting = replace(wgan.STUDY.setting, data="synthetic", channels=1, steps=1, **TOY)
+    variants = {name: wgan.VARIANTS[name] for name in ("wgan", "batch norm in the critic")}
     monkeypatch.setattr(gan, "cache_folder", lambda: tmp_path / "cache")
     # Reads every image as a 3.
     reader = metrics.Extractor(lambda x: (x.mean(dim=(2, 3)), torch.eye(10)[3].expand(len(x), 10)), "reader", "0" * 16)
     monkeypatch.setattr(metrics, "load_extractor", lambda path: reader)
-    monkeypatch.setattr(wgan.measure, "__defaults__", (34,))
-    argv = ["study", "--out", str(tmp_path / "study"), "--steps", "1"]
-    wgan.main(argv)
-    table = (tmp_path / "study" / "study.md").read_text()
-    assert table.count("| 0.0 | 100.0 |") == 2 and Image.open(tmp_path / "study" / "study.png").width == 800
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "study").glob("*/checkpoint.pt")}
-    names = {p.parent.name: gan.read_checkpoint(p, wgan.WGAN)["config"].batch_norm for p in stamps}
-    assert names == {"wgan-seed0": False, "batch-norm-seed0": True}
-    wgan.main(argv)
-    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps and (
-        tmp_path / "study" / "study.md"
-    ).read_text() == table
+    replace(wgan.STUDY, setting=setting, variants=variants, n=34).main(["--out", str(tmp_path)])
+    assert (tmp_path / "study.md").read_text().count("| 0.0 | 100.0 |") == 3  # the real images too
+    assert Image.open(tmp_path / "study.png").width == 960
+    runs = {p.parent.name: gan.read_checkpoint(p, wgan.WGAN)["config"] for p in tmp_path.glob("*/checkpoint.pt")}
+    assert {n: c.batch_norm for n, c in runs.items()} == {"wgan-seed0": False, "batch-norm-in-the-critic-seed0": True}
     capsys.readouterr()
-    for argv in (["study", "--seeds", "0"], ["train", "--cond", "--data", "synthetic", "--runs", str(tmp_path)]):
-        with pytest.raises(SystemExit) as stop:
-            wgan.main(argv)
-        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as stop:
+        gan.main(["train", "--cond", "--data", "synthetic", "--runs", str(tmp_path)], wgan.WGAN)
+    assert stop.value.code == 2 and "this critic sees no classes" in capsys.readouterr().err

@@ -3,17 +3,18 @@
 moving all samples to where the present D is wrong, and keeps all modes.
 
     python recipes/unrolled.py ring                             # 8 Gaussians: which k finds them all?
-    python recipes/unrolled.py digits --seeds 3                 # MNIST: which digits? classifier.py's network says
+    python recipes/unrolled.py study --seeds 3                  # MNIST: which digits? classifier.py's network says
     python recipes/unrolled.py train --data FOLDER --unroll 2   # your images, with gan.py's networks
 
 Of the 8 Gaussians five seeds find 0.6 on average with k = 0, 7.8 with k = 1, and all with k = 5 and k = 10 (4,000
 steps; 9.6 minutes of one of 2 cores of an Intel Xeon, torch 2.14.1). On MNIST three seeds end in noise of one kind with
-k = 0; with k = 4 two draw many digits, and the third a single pattern (2,000 steps; 1.9 minutes).
+k = 0; with k = 4 two draw many digits, and the third a single pattern (2,000 steps; 2.8 minutes
+of an AMD EPYC).
 """
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,6 @@ from torch.func import functional_call
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import gan
-import metrics
 import report
 
 
@@ -79,51 +79,33 @@ class Unrolled(gan.GAN):
 
 # ---- Small plain networks, in which a collapse is easy to see
 class Perceptron(nn.Sequential):
-    """Maps [N,...] of n_in numbers each to [N,n_out] by two hidden layers without norms; the layers `last` follow."""
+    """Maps [N,...] of n_in numbers each to [N,*shape] by two hidden layers without norms."""
 
-    def __init__(self, n_in, width, n_out, *last):
+    def __init__(self, n_in, width, *shape):
         hidden = nn.Linear(n_in, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
-        super().__init__(nn.Flatten(), *hidden, nn.Linear(width, n_out), *last)
-        self.z_dim, self.num_classes = n_in, 0
+        super().__init__(nn.Flatten(), *hidden, nn.Linear(width, math.prod(shape)))
+        self.shape, self.z_dim, self.num_classes = shape, n_in, 0
         for layer in gan.orthogonal_init(self):
             layer.weight.data *= 0.8  # as in the paper
 
     def forward(self, x, y=None):
-        return super().forward(x)
+        x = super().forward(x).reshape(len(x), *self.shape)
+        return x if self.training else x.clamp(-1, 1)  # to be shown; with a tanh, k = 4 drew one image for all z
 
 
 class Plain(Unrolled):
     @staticmethod
     def networks(config, num_classes):
-        n, last = 2, []
-        if config.data == "mnist":  # without tanh, with which k = 4 drew one image for all z
-            n, last = config.size**2, [nn.Unflatten(1, (1, config.size, config.size))]
-        return Perceptron(config.z_dim, config.width, n, *last), Perceptron(n, config.width, 1, nn.Flatten(0))
+        shape = (2,) if config.data == "ring" else (config.channels, config.size, config.size)
+        return Perceptron(config.z_dim, config.width, *shape), Perceptron(math.prod(shape), config.width)
 
 
-RING = dict(data="ring", loss="ns", width=64, z_dim=16, steps=4000)
-DIGITS = dict(data="mnist", loss="minimax", width=128, z_dim=64, size=16, steps=2000)
-# D learns slower than G, so that without a look-ahead G outruns it.
-PLAIN = dict(lr_G=1e-3, lr_D=3e-4, beta1=0.5, beta2=0.999, augment="none", amp="off", device="cpu")
-
-
-def train_seeds(k, args, options, data, n=10_000, moments=6):
-    """Trains a GAN for each seed on data(config), batches; returns n samples of each G after each sixth of the steps,
-    [seeds,moments,n,...]. They are not those of the averaged G, which would blend the modes that G visits in turn."""
-    options = PLAIN | options | dict(unroll=k)
-    steps, samples = args.steps or options["steps"], []
-    z = torch.randn(n, options["z_dim"], generator=torch.Generator().manual_seed(0))
-    for seed in range(args.seeds):
-        model = Plain(Config(**options, seed=seed))
-        batches = data(model.config)
-        for step in range(1, steps + 1):
-            model.train_step(batches)
-            if step * moments // steps > (step - 1) * moments // steps:
-                samples.append(model.G(z).detach())
-    return torch.stack(samples).unflatten(0, (args.seeds, moments))
-
+# D learns slower than G, so that without a look-ahead G outruns it. The average of G's weights is G itself, which would
+# otherwise blend the modes that G visits in turn.
+PLAIN = dict(lr_G=1e-3, lr_D=3e-4, beta1=0.5, beta2=0.999, augment="none", amp="off", device="cpu", ema_images=1)
 
 # ---- The ring: 8 Gaussians of deviation 0.02 on a circle of radius 2
+RING = Config(**PLAIN, data="ring", loss="ns", width=64, z_dim=16, steps=4000)
 SIGMA, ANGLES = 0.02, torch.arange(8) * (2 * math.pi / 8)
 CENTRES = 2 * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # [8,2]
 
@@ -136,7 +118,18 @@ def points(config):
         yield centres + SIGMA * torch.randn(n, 2, generator=generator), torch.zeros(n, dtype=torch.int64)
 
 
-def score(x):
+def train_on_ring(config, n=10_000, moments=6):
+    """Trains a GAN on the ring; returns n samples of G after each sixth of the steps, [moments,n,2]."""
+    model, batches, samples = Plain(config), points(config), []
+    z = torch.randn(n, config.z_dim, generator=torch.Generator().manual_seed(0))
+    for step in range(1, config.steps + 1):
+        model.train_step(batches)
+        if step * moments // config.steps > (step - 1) * moments // config.steps:
+            samples.append(model.G(z).detach())
+    return torch.stack(samples)
+
+
+def count_modes(x):
     """Counts the modes that at least 1% of x[N,2] lie within 3 sigma of; returns it and the share of all such x."""
     distance, nearest = torch.cdist(x, CENTRES).min(dim=1)
     near = distance < 3 * SIGMA
@@ -150,60 +143,44 @@ def draw(x, pixels=100):
     return (255 * (400 * density).clamp(max=1)).to(torch.uint8)[None]
 
 
-def ring(args):
+def ring(seeds, steps, out):
     """Prints a row for each k, and draws one: the first seed's samples over time, then the ring itself."""
+    if out.suffix != ".png":
+        raise gan.UserError(f"--out {out}: give a name that ends in .png")
     gan.say("| k | modes found, by seed | samples within 3 sigma |")
     gan.say("| ---: | --- | ---: |")
-    pictures, real = [], draw(next(points(Config(batch=10_000)))[0])
-    for k in args.unroll or (0, 1, 5, 10):
-        samples = train_seeds(k, args, RING, points)
-        modes, near = zip(*map(score, samples[:, -1]))
+    pictures, real = [], draw(next(points(replace(RING, batch=10_000)))[0])
+    for k in (0, 1, 5, 10):
+        samples = [train_on_ring(replace(RING, unroll=k, seed=seed, steps=steps)) for seed in range(seeds)]
+        modes, near = zip(*(count_modes(moments[-1]) for moments in samples))
         shares = f"{sum(near) / len(near):.0%} ({min(near):.0%} to {max(near):.0%})"
         gan.say(f"| {k} | {', '.join(map(str, modes))} | {shares} |")
         pictures += [*map(draw, samples[0]), real]
-    gan.write_picture(args.out, gan.tile(torch.stack(pictures), columns=7))
+    gan.write_picture(out, gan.tile(torch.stack(pictures), columns=7))
 
 
-# ---- MNIST
-def entropy(digits):
-    """Computes the entropy of digits, int64 [N]: from 0, all the same, to 2.30, each as frequent."""
-    return torch.special.entr(digits.bincount(minlength=10) / len(digits)).sum().item()
-
-
-def digits(args):
-    """Prints a row for each k, and draws two rows of samples for each k and seed."""
-    images, labels, _ = gan.load_images("mnist", DIGITS["size"], 1, args.data_dir)
-    data = lambda config: gan.batches(images, labels, config, torch.device("cpu"))
-    extractor, pictures = metrics.load_extractor(args.extractor), []
-    report.check_reader(extractor, args.extractor, images)
-    gan.say("| k | entropy of the digits drawn, by seed |")
-    gan.say("| ---: | --- |")
-    for k in args.unroll or (0, 4):
-        samples = train_seeds(k, args, DIGITS, data)[:, -1, :2000]  # [seeds,2000,1,16,16]
-        samples = gan.to_uint8(samples.clamp(-1, 1))
-        gan.say(f"| {k} | {', '.join(f'{entropy(extractor(x)[1].argmax(dim=1)):.2f}' for x in samples)} |")
-        pictures.append(samples[:, :40].flatten(0, 1))
-    gan.write_picture(args.out, gan.tile(torch.cat(pictures), columns=20))
-
-
-def main(argv=None):
-    parser = gan.Parser(prog="unrolled.py")
-    parser.add_argument("command", choices=("ring", "digits"), help="what to train on; digits: MNIST")
-    parser.add_argument("--unroll", type=gan.whole_number, nargs="+", help="each k (ring 0 1 5 10; digits 0 4)")
-    parser.add_argument("--seeds", type=lambda n: gan.whole_number(n, 1), default=5, help="seeds, counted from 0 (5)")
-    parser.add_argument("--steps", type=lambda n: gan.whole_number(n, 6), help="steps (ring 4000; digits 2000)")
-    parser.add_argument("--out", help="picture to write (unrolled-ring.png, unrolled-digits.png)")
-    parser.add_argument("--data-dir", default="data", help="where MNIST lies or is downloaded to (data)")
-    parser.add_argument("--extractor", default="digits.pt2", help="program of classifier.py, for MNIST (digits.pt2)")
-    args = parser.parse_args(argv)
-    args.out = args.out or f"unrolled-{args.command}.png"
+def ring_command(argv):
+    parser = gan.Parser(prog="unrolled.py ring", description="Looks for all 8 Gaussians with k = 0, 1, 5 and 10.")
+    parser.add_argument("--seeds", type=lambda n: gan.whole_number(n, 1), default=5, help="runs of each k (5)")
+    parser.add_argument("--steps", type=lambda n: gan.whole_number(n, 6), default=RING.steps, help="of a run (4000)")
+    parser.add_argument("--out", type=Path, default=Path("unrolled.png"), help="picture to write (unrolled.png)")
     try:
-        if Path(args.out).suffix != ".png":
-            raise gan.UserError(f"--out {args.out}: give a name that ends in .png")
-        {"ring": ring, "digits": digits}[args.command](args)
-    except (gan.UserError, metrics.UserError, OSError) as error:
+        ring(**vars(parser.parse_args(argv)))
+    except (gan.UserError, OSError) as error:
         parser.exit(2, gan.say(f"unrolled.py: error: {error}", sys.stderr))
 
 
+# ---- MNIST
+STUDY = report.Study(
+    name="unrolled",
+    model=Plain,
+    setting=Config(**PLAIN, data="mnist", loss="minimax", width=128, z_dim=64, size=16, steps=2000, sample_every=1000),
+    variants={"k = 0": dict(unroll=0), "k = 4": dict(unroll=4)},
+    titles={"entropy of the digits, bits": 2},
+    score=lambda logits, due: (report.entropy(logits),),
+    draw=report.draw_strips,
+)
+
 if __name__ == "__main__":
-    main() if sys.argv[1:2] in (["ring"], ["digits"]) else gan.main(model=Unrolled)
+    command = {"ring": ring_command, "study": STUDY.main}.get(sys.argv[1]) if sys.argv[1:] else None
+    command(sys.argv[2:]) if command else gan.main(model=Unrolled)

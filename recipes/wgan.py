@@ -12,16 +12,13 @@ Ten runs and their scores take 13 minutes of one core of an Intel Xeon (torch 2.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import gan
-import metrics
 import report
 
 
@@ -58,76 +55,30 @@ class WGAN(gan.GAN):
         return G, Critic(config)
 
 
-# ---- The study: a WGAN beside ns, each from several seeds, and one change at a time, from one seed
-SETTING = Config(data="usps", size=16, width=16, sample_every=1000)
-COMPARED = {"wgan": {}, "ns": dict(loss="ns")}
-CHANGES = {  # each a suspect
-    "batch norm": dict(batch_norm=True),
-    "sigmoid": dict(sigmoid=True),
-    "gain 100": dict(gain=100.0),
+def shares(logits, due):
+    """Computes what % of n samples the network reads as the rarest and as the commonest digit, from logits [n,10]."""
+    counts = 100 * logits.argmax(dim=1).bincount(minlength=logits.shape[1]) / len(logits)
+    return counts.min().item(), counts.max().item()
+
+
+VARIANTS = {
+    "wgan": {},
+    "ns": dict(loss="ns"),
+    "batch norm in the critic": dict(batch_norm=True),  # and now the suspects
+    "sigmoid after the critic": dict(sigmoid=True),
+    "output times 100": dict(gain=100.0),
     "learning rates 0.002": dict(lr_G=2e-3, lr_D=2e-3),
 }
-
-
-def study(seeds, steps, data_dir, extractor, out):
-    """Trains what is missing in the folder `out`, measures every run, and writes study.md and study.png there."""
-    network = metrics.load_extractor(extractor)
-    images, *_ = gan.load_images(SETTING.data, SETTING.size, 1, data_dir)
-    report.check_reader(network, extractor, images)
-    real = metrics.measure_cached(network, images, gan.cache_folder()).stats
-    runs = {}
-    lines = ["| | runs | FD(digits) | rarest digit % | commonest digit % |", "| --- | ---: | ---: | ---: | ---: |"]
-    for name, change in (COMPARED | CHANGES).items():
-        runs[name] = [out / f"{name.replace(' ', '-')}-seed{seed}" for seed in range(seeds if name in COMPARED else 1)]
-        for seed, run in enumerate(runs[name]):
-            report.finish_run(run, replace(SETTING, **change, seed=seed, steps=steps, data_dir=data_dir), WGAN)
-        scores = zip(*(measure(run, network, real) for run in runs[name]))
-        lines.append(f"| {name} | {len(runs[name])} | {' | '.join(map(report.mean_and_spread, scores))} |")
-        gan.say(lines[-1])
-        with gan.whole_file(out / "study.md") as file:  # now, so that a study that is stopped shows what it has
-            file.write("\n".join([*lines, ""]).encode())
-        draw(runs, out / "study.png")
-
-
-def measure(run, network, real, n=5000):
-    """Draws n samples; returns FD(digits) and what % of them are read as the rarest and the commonest digit."""
-    G, _ = gan.load_generator(run, model=WGAN)
-    samples = gan.generate_batches(G, n)
-    features, logits = map(torch.cat, zip(*map(network, samples)))
-    shares = 100 * logits.argmax(dim=1).bincount(minlength=logits.shape[1]) / n
-    return metrics.frechet_distance(real, features), shares.min().item(), shares.max().item()
-
-
-def draw(runs, path):
-    """Draws the samples of each variant's first run."""
-    figure = Figure((10, 6), layout="constrained")
-    for i, (name, folders) in enumerate(runs.items(), start=1):
-        G, _ = gan.load_generator(folders[0], model=WGAN)
-        axes = figure.add_subplot(2, 3, i, title=name)
-        axes.imshow(gan.sample_grid(G).permute(1, 2, 0).numpy())
-        axes.axis("off")
-    with gan.whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=80)
-
-
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] != ["study"]:
-        return gan.main(argv, WGAN)
-    parser = gan.Parser(
-        prog="wgan.py study", description="Compares a WGAN on USPS with ns, and with changes of its own."
-    )
-    count = lambda text: gan.whole_number(text, 1)  # noqa: E731
-    parser.add_argument("--seeds", type=count, default=1, help="runs of wgan and of ns (1)")
-    parser.add_argument("--steps", type=count, default=1200, help="of a run (1200)")
-    parser.add_argument("--data-dir", default="data", help="where USPS lies or is downloaded to (data)")
-    parser.add_argument("--extractor", default="usps.pt2", help="program of classifier.py usps (usps.pt2)")
-    parser.add_argument("--out", type=Path, default=Path("runs/wgan"), help="folder (runs/wgan)")
-    try:
-        study(**vars(parser.parse_args(argv[1:])))
-    except (gan.UserError, metrics.UserError, OSError) as error:
-        parser.exit(2, gan.say(f"wgan.py: error: {error}", sys.stderr))
-
+STUDY = report.Study(
+    name="wgan",
+    model=WGAN,
+    setting=Config(data="usps", size=16, width=16, steps=1200, sample_every=1000),
+    variants=VARIANTS,
+    titles={"rarest digit %": 1, "commonest digit %": 1},
+    score=shares,
+    draw=report.draw_strips,
+    reader="usps.pt2",
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(sys.argv[2:]) if sys.argv[1:2] == ["study"] else gan.main(model=WGAN)
