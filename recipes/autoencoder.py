@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from torch import nn
 from torchvision.datasets import MNIST
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import gan
 import metrics
+import report
 
 
 class Autoencoder(nn.Module):
@@ -140,10 +141,7 @@ def main(argv=None):
     parser.add_argument("--epochs", type=lambda text: gan.whole_number(text, 3), default=6, help="epochs (6)")
     parser.add_argument("--seed", type=gan.whole_number, default=0, help="seed of weights, order and noise (0)")
     parser.add_argument("--out", default="autoencoder.png", help="PNG picture to write (autoencoder.png)")
-    try:
-        study(**vars(parser.parse_args(argv)))
-    except (gan.UserError, metrics.UserError, OSError) as error:
-        parser.exit(2, gan.say(f"autoencoder.py: error: {error}", sys.stderr))
+    report.run_command(study, parser, argv)
 
 
 if __name__ == "__main__":

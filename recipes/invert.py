@@ -105,31 +105,31 @@ def draw_figure(path, panels, losses):
         figure.savefig(file, format="png")
 
 
-def study(args):
+def study(run, data, n, starts, steps, extractor, seed, out):
     """Restores the pictures under each mask in three ways, walks between them, and draws all of it."""
-    extractor = metrics.load_extractor(args.extractor) if args.extractor else None
-    G, config = gan.load_generator(gan.find_run(args.run))
-    if args.starts < G.num_classes:
-        raise gan.UserError(f"--starts {args.starts}: give one for each of the {G.num_classes} classes, or more")
-    images, generator = unseen_images(config, args.data), torch.Generator().manual_seed(args.seed)
-    if extractor:
-        report.check_reader(extractor, args.extractor, images)
-    x = gan.to_float(images[torch.randperm(len(images), generator=generator)[: args.n]])
+    network = metrics.load_extractor(extractor) if extractor else None
+    G, config = gan.load_generator(gan.find_run(run))
+    if starts < G.num_classes:
+        raise gan.UserError(f"--starts {starts}: give one for each of the {G.num_classes} classes, or more")
+    images, generator = unseen_images(config, data), torch.Generator().manual_seed(seed)
+    if network:
+        report.check_reader(network, extractor, images)
+    x = gan.to_float(images[torch.randperm(len(images), generator=generator)[:n]])
     panels, everything = {"walks": []}, torch.ones(len(x), 1, *x.shape[2:], dtype=torch.bool)
     for mask in MASKS:
         visible = visible_pixels(mask, len(x), config.size, generator)
-        *as_it_is, _ = invert(G, torch.where(visible, x, -1), everything, args.starts, args.steps)
-        *ours, losses = invert(G, x, visible, args.starts, args.steps)
+        *as_it_is, _ = invert(G, torch.where(visible, x, -1), everything, starts, steps)
+        *ours, losses = invert(G, x, visible, starts, steps)
         restored = {"nearest pixel": copy_nearest(x, visible), "as it is": G(*as_it_is), "ours": G(*ours)}
         gan.say(f"{mask}: " + ", ".join(f"{k} {psnr(v, x, ~visible):.1f} dB" for k, v in restored.items()))
         panels[mask] = [("true", x), ("masked", torch.where(visible, x, 0)), *restored.items()]
-    z, y, _ = invert(G, x, everything, args.starts, args.steps)
+    z, y, _ = invert(G, x, everything, starts, steps)
     gan.say(f"nothing hidden: ours {psnr(G(z, y), x, everything):.1f} dB")
     for ends in torch.arange(min(10, len(x))).split(2):
-        steps = walk(G, z[ends[[0, -1]]], y[ends[[0, -1]]])
-        digits = extractor(gan.to_uint8(steps))[1].argmax(dim=1).tolist() if extractor else []
-        panels["walks"].append((" ".join(map(str, digits)), steps))
-    draw_figure(args.out, panels, losses[:, 0])
+        between = walk(G, z[ends[[0, -1]]], y[ends[[0, -1]]])
+        digits = network(gan.to_uint8(between))[1].argmax(dim=1).tolist() if network else []
+        panels["walks"].append((" ".join(map(str, digits)), between))
+    draw_figure(out, panels, losses[:, 0])
 
 
 def main(argv=None):
@@ -138,19 +138,12 @@ def main(argv=None):
     parser.add_argument("--run", help="run, by name or path (the newest in the folder runs)")
     parser.add_argument("--data", help="folder of pictures to invert (the test images of the run's data set)")
     parser.add_argument("--n", type=positive, default=100, help="most pictures (100)")
-    parser.add_argument(
-        "--starts", type=positive, default=4, help="descents a picture, at least one for each class of the run (4)"
-    )
+    parser.add_argument("--starts", type=positive, default=4, help="descents a picture, at least one a class (4)")
     parser.add_argument("--steps", type=positive, default=120, help="steps a descent (120)")
     parser.add_argument("--extractor", help="program of classifier.py that names the digits along a walk")
-    parser.add_argument(
-        "--seed", type=gan.whole_number, default=0, help="seed of the choice of pictures and of pepper (0)"
-    )
+    parser.add_argument("--seed", type=gan.whole_number, default=0, help="seed of the pictures and of pepper (0)")
     parser.add_argument("--out", default="invert.png", help="PNG picture to write (invert.png)")
-    try:
-        study(parser.parse_args(argv))
-    except (gan.UserError, metrics.UserError, OSError) as error:
-        parser.exit(2, gan.say(f"invert.py: error: {error}", sys.stderr))
+    report.run_command(study, parser, argv)
 
 
 if __name__ == "__main__":

@@ -306,14 +306,11 @@ class Study:
         add("--steps", type=count, default=self.setting.steps, help=f"of a run ({self.setting.steps})")
         add("--data-dir", default="data", help=f"where {self.setting.data} lies or is downloaded to (data)")
         add("--extractor", default=self.reader, help=f"program of classifier.py ({self.reader})")
+        add("--variants", nargs="+", default=list(self.variants), choices=self.variants, help="some of them (all)")
         add("--out", type=Path, default=out, help=f"folder of runs and results ({out})")
-        args = parser.parse_args(argv)
-        try:
-            self.compare(**vars(args))
-        except (gan.UserError, metrics.UserError, OSError) as error:
-            parser.exit(2, gan.say(f"{self.name}.py: error: {error}", sys.stderr))
+        run_command(self.compare, parser, argv)
 
-    def compare(self, seeds, steps, data_dir, extractor, out):
+    def compare(self, seeds, steps, data_dir, extractor, variants, out):
         """Trains the runs that the folder `out` lacks, and makes the table and the picture."""
         network = metrics.load_extractor(extractor)
         setting = replace(gan.resolve(self.setting), steps=steps, data_dir=data_dir)
@@ -331,10 +328,10 @@ class Study:
                 file.write("\n".join([*lines, ""]).encode())
 
         add_row("real images", [self.measure(network, real, images[: self.n], labels[: self.n])])
-        for title, change in self.variants.items():
+        for title in variants:
             runs[title] = [out / f"{re.sub('[^A-Za-z0-9.]+', '-', title)}-seed{seed}" for seed in range(seeds)]
             for seed, run in enumerate(runs[title]):
-                finish_run(run, replace(setting, **{"seed": seed} | change), self.model)
+                finish_run(run, replace(setting, **{"seed": seed} | self.variants[title]), self.model)
             add_row(title, [self.measure(network, real, *self.samples(run)) for run in runs[title]])
         with gan.whole_file(out / "study.png") as file:
             self.draw(self.model, runs).savefig(file, format="png", dpi=80)
@@ -361,6 +358,15 @@ def check_reader(network, path, images):
     logits = network(images[:1])[1]
     if logits is None or logits.shape[1] != 10:
         raise gan.UserError(f"{path} does not tell 10 digits apart: make one with classifier.py")
+
+
+def run_command(function, parser, argv=None):
+    """Calls a function with the flags of a command line; what the user did wrong ends in one line and exit status 2."""
+    args = parser.parse_args(argv)
+    try:
+        function(**vars(args))
+    except (gan.UserError, metrics.UserError, OSError) as error:
+        parser.exit(2, gan.say(f"{parser.prog.split()[0]}: error: {error}", sys.stderr))
 
 
 def finish_run(run, config, model):
@@ -395,18 +401,19 @@ def draw_strips(model, runs, columns=16):
     return figure
 
 
+def page(runs, out):
+    """Writes the page `out` about folders of runs."""
+    if out.suffix != ".html":
+        raise gan.UserError(f"--out {out}: give a name that ends in .html")
+    write_report(out, "Runs of gan.py", *group_runs(runs))
+    gan.say(f"wrote {out}")
+
+
 def main():
-    parser = gan.Parser(description=__doc__.splitlines()[0])
+    parser = gan.Parser(prog="report.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="page to write (report.html)")
-    args = parser.parse_args()
-    try:
-        if args.out.suffix != ".html":
-            raise gan.UserError(f"--out {args.out}: give a name that ends in .html")
-        write_report(args.out, "Runs of gan.py", *group_runs(args.runs))
-    except (gan.UserError, OSError) as error:
-        parser.exit(2, gan.say(f"report.py: error: {error}", sys.stderr))
-    gan.say(f"wrote {args.out}")
+    run_command(page, parser)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def test_study_draws_and_scores_each_variant(tmp_path, monkeypatch, capsys):
     # Reads every image as a 3.
     reader = metrics.Extractor(lambda x: (x.mean(dim=(2, 3)), torch.eye(10)[3].expand(len(x), 10)), "reader", "0" * 16)
     monkeypatch.setattr(metrics, "load_extractor", lambda path: reader)
-    replace(wgan.STUDY, setting=setting, variants=variants, n=34).main(["--out", str(tmp_path)])
+    study = replace(wgan.STUDY, setting=setting, variants=variants | {"ns": dict(loss="ns")}, n=34)
+    study.main(["--out", str(tmp_path), "--variants", *variants])
     assert (tmp_path / "study.md").read_text().count("| 0.0 | 100.0 |") == 3  # the real images too
     assert Image.open(tmp_path / "study.png").width == 960
     runs = {p.parent.name: gan.read_checkpoint(p, wgan.WGAN)["config"] for p in tmp_path.glob("*/checkpoint.pt")}

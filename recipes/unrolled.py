@@ -8,8 +8,7 @@ moving all samples to where the present D is wrong, and keeps all modes.
 
 Of the 8 Gaussians five seeds find 0.6 on average with k = 0, 7.8 with k = 1, and all with k = 5 and k = 10 (4,000
 steps; 9.6 minutes of one of 2 cores of an Intel Xeon, torch 2.14.1). On MNIST three seeds end in noise of one kind with
-k = 0; with k = 4 two draw many digits, and the third a single pattern (2,000 steps; 2.8 minutes
-of an AMD EPYC).
+k = 0; with k = 4 two draw many digits, the third a single pattern (2,000 steps; 2.8 minutes of an AMD EPYC).
 """
 
 import math
@@ -164,10 +163,7 @@ def ring_command(argv):
     parser.add_argument("--seeds", type=lambda n: gan.whole_number(n, 1), default=5, help="runs of each k (5)")
     parser.add_argument("--steps", type=lambda n: gan.whole_number(n, 6), default=RING.steps, help="of a run (4000)")
     parser.add_argument("--out", type=Path, default=Path("unrolled.png"), help="picture to write (unrolled.png)")
-    try:
-        ring(**vars(parser.parse_args(argv)))
-    except (gan.UserError, OSError) as error:
-        parser.exit(2, gan.say(f"unrolled.py: error: {error}", sys.stderr))
+    report.run_command(ring, parser, argv)
 
 
 # ---- MNIST

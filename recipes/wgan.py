@@ -25,6 +25,10 @@ import report
 @dataclass
 class Config(gan.Config):
     loss: str = gan.option("wgan", "adversarial loss", tuple(gan.LOSSES))
+    lr_G: float = gan.option(1.6e-3, "Adam's learning rate of the generator", gan.Config.positive)
+    lr_D: float = gan.option(2e-4, "Adam's learning rate of the critic", gan.Config.positive)
+    beta2: float = gan.option(0.9, "Adam's second beta, in [0, 1)", gan.Config.share)
+    augment: str = gan.option("none", "auto, none, or some of color,translation,cutout", gan.Config.policy)
     gain: float = gan.option(1.0, "factor of the critic's output", gan.Config.positive)
     batch_norm: bool = gan.option(False, "batch norm after each block of the critic")
     sigmoid: bool = gan.option(False, "a sigmoid as the critic's last layer")
@@ -64,10 +68,15 @@ def shares(logits, due):
 VARIANTS = {
     "wgan": {},
     "ns": dict(loss="ns"),
-    "batch norm in the critic": dict(batch_norm=True),  # and now the suspects
+    "ns, gan.py's Adam": dict(loss="ns", lr_G=4e-4, lr_D=4e-4, beta2=0.99),
+    "batch norm in the critic": dict(batch_norm=True),  # and now the suspects, one change each
     "sigmoid after the critic": dict(sigmoid=True),
     "output times 100": dict(gain=100.0),
-    "learning rates 0.002": dict(lr_G=2e-3, lr_D=2e-3),
+    "augmentation": dict(augment="auto"),
+    "beta2 0.99": dict(beta2=0.99),
+    "both rates 0.0002": dict(lr_G=2e-4, lr_D=2e-4),
+    "both rates 0.002": dict(lr_G=2e-3, lr_D=2e-3),
+    "2 critic steps, same time": dict(d_steps=2, steps=800),
 }
 STUDY = report.Study(
     name="wgan",
