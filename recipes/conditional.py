@@ -81,7 +81,7 @@ STUDY = report.Study(
     model=Conditional,
     setting=Config(data="mnist", cond=True, size=16, width=16, steps=1000, sample_every=1000),
     variants=VARIANTS,
-    titles={"right digit %": 1, "commonest digit %": 1},
+    columns={"right digit %": 1, "commonest digit %": 1},
     score=shown,
     draw=draw,
     n=10_000,

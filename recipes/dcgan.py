@@ -131,7 +131,7 @@ STUDY = report.Study(
     model=DCGAN,
     setting=Config(data="mnist", size=32, ngf=16, ndf=16, steps=600),
     variants=VARIANTS,
-    titles={"entropy of the digits, bits": 2},
+    columns={"entropy of the digits, bits": 2},
     score=lambda logits, due: (report.entropy(logits),),
     draw=report.draw_strips,
 )

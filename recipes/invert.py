@@ -137,11 +137,13 @@ def main(argv=None):
     positive = lambda text: gan.whole_number(text, 1)  # noqa: E731
     parser.add_argument("--run", help="run, by name or path (the newest in the folder runs)")
     parser.add_argument("--data", help="folder of pictures to invert (the test images of the run's data set)")
-    parser.add_argument("--n", type=positive, default=100, help="most pictures (100)")
-    parser.add_argument("--starts", type=positive, default=4, help="descents a picture, at least one a class (4)")
-    parser.add_argument("--steps", type=positive, default=120, help="steps a descent (120)")
+    parser.add_argument("--n", type=positive, default=100, help="pictures at most (100)")
+    parser.add_argument("--starts", type=positive, default=4, help="descents per picture, at least one per class (4)")
+    parser.add_argument("--steps", type=positive, default=120, help="steps per descent (120)")
     parser.add_argument("--extractor", help="program of classifier.py that names the digits along a walk")
-    parser.add_argument("--seed", type=gan.whole_number, default=0, help="seed of the pictures and of pepper (0)")
+    parser.add_argument(
+        "--seed", type=gan.whole_number, default=0, help="seed of the choice of pictures and of pepper (0)"
+    )
     parser.add_argument("--out", default="invert.png", help="PNG picture to write (invert.png)")
     report.run_command(study, parser, argv)
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Writes a page about runs: their scores, samples, training curves and a time-lapse. Holds what studies share.
+"""Writes a page about runs: their scores, samples, training curves and a time-lapse.
 
     python recipes/report.py RUN...    # folders of runs that `gan.py eval` has scored
 
 Runs that differ in nothing but the seed share a row of the table. Writes report.html, which is complete in itself, and
 report.md with its pictures report-samples.png, report-curves.svg and report-truncation.svg beside it.
+
+`Study` is the command that wgan.py, conditional.py, dcgan.py and unrolled.py share.
 """
 
 import base64
@@ -16,7 +18,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import matplotlib
@@ -289,9 +291,9 @@ class Study:
 
     name: str  # of the recipe
     model: type  # a kind of gan.GAN
-    setting: gan.Config  # of all runs
+    setting: gan.Config  # of all runs, unless a variant changes it
     variants: dict  # {title: changes of the setting}
-    titles: dict  # {title: decimals} of the numbers that score returns; the table has FD before them
+    columns: dict  # {head: decimals} of the numbers that score returns; the table has FD before them
     score: Callable  # (logits[n,10], due[n]) -> numbers, for n samples of the classes due, or of no class
     draw: Callable  # (model, {title: folders of runs}) -> figure
     reader: str = "digits.pt2"  # of classifier.py
@@ -301,12 +303,14 @@ class Study:
         """Runs the command, with these flags."""
         count, out = (lambda text: gan.whole_number(text, 1)), Path("runs", self.name)
         parser = gan.Parser(prog=f"{self.name}.py study", description="Trains variants, scores and draws them.")
-        add = parser.add_argument
+        add, steps = parser.add_argument, self.setting.steps
         add("--seeds", type=count, default=1, help="runs of each variant (1)")
-        add("--steps", type=count, default=self.setting.steps, help=f"of a run ({self.setting.steps})")
+        add("--steps", type=count, default=steps, help=f"of a run ({steps}); variants of more or less are scaled")
         add("--data-dir", default="data", help=f"where {self.setting.data} lies or is downloaded to (data)")
         add("--extractor", default=self.reader, help=f"program of classifier.py ({self.reader})")
-        add("--variants", nargs="+", default=list(self.variants), choices=self.variants, help="some of them (all)")
+        quoted = ", ".join(f'"{title}"' for title in self.variants).replace("%", "%%")
+        titles = dict(nargs="+", choices=self.variants, default=self.variants, metavar="TITLE")
+        add("--variants", **titles, help=f"what the table and the picture compare (all: {quoted})")
         add("--out", type=Path, default=out, help=f"folder of runs and results ({out})")
         run_command(self.compare, parser, argv)
 
@@ -315,26 +319,29 @@ class Study:
         network = metrics.load_extractor(extractor)
         setting = replace(gan.resolve(self.setting), steps=steps, data_dir=data_dir)
         images, labels, _ = gan.load_images(setting.data, setting.size, setting.channels, data_dir)
-        check_reader(network, extractor, images)
+        check_reader(network, extractor, enlarge(images[:1]))
         real = metrics.measure_cached(network, enlarge(images), gan.cache_folder()).stats
-        heads = ["", "runs", f"FD({network.name})", *self.titles]
-        lines, runs = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"], {}
+        heads, lines, runs = [f"FD({network.name})", *self.columns], [], {}
+        lines += [f"| | runs | {' | '.join(heads)} |", f"| --- | ---: |{' ---: |' * len(heads)}"]
 
         def add_row(title, scores):
-            cells = map(mean_and_spread, zip(*scores), (1, *self.titles.values()))
+            cells = map(mean_and_spread, zip(*scores, strict=True), (1, *self.columns.values()))
             lines.append(f"| {title} | {len(scores)} | {' | '.join(cells)} |")
             gan.say(lines[-1])
-            with gan.whole_file(out / "study.md") as file:  # now, so that a study that is stopped shows what it has
-                file.write("\n".join([*lines, ""]).encode())
 
         add_row("real images", [self.measure(network, real, images[: self.n], labels[: self.n])])
-        for title in variants:
+        for title in dict.fromkeys(variants):
+            change = {"steps": self.setting.steps} | self.variants[title]
+            change["steps"] = max(1, change["steps"] * steps // self.setting.steps)
             runs[title] = [out / f"{re.sub('[^A-Za-z0-9.]+', '-', title)}-seed{seed}" for seed in range(seeds)]
             for seed, run in enumerate(runs[title]):
-                finish_run(run, replace(setting, **{"seed": seed} | self.variants[title]), self.model)
+                finish_run(run, replace(setting, **change, seed=seed), self.model)
             add_row(title, [self.measure(network, real, *self.samples(run)) for run in runs[title]])
-        with gan.whole_file(out / "study.png") as file:
-            self.draw(self.model, runs).savefig(file, format="png", dpi=80)
+            # Now, so that a study that is stopped shows what it has.
+            with gan.whole_file(out / "study.md") as file:
+                file.write("\n".join([*lines, ""]).encode())
+            with gan.whole_file(out / "study.png") as file:
+                self.draw(self.model, runs).savefig(file, format="png", dpi=80)
 
     def samples(self, run):
         """Draws from a run's G: images [n,C,S,S], and the classes [n] they are to show, each in turn."""
@@ -354,7 +361,7 @@ def enlarge(images):
 
 
 def check_reader(network, path, images):
-    """Refuses an extractor, that of the file path, which does not tell ten digits apart in uint8 images [N,C,S,S]."""
+    """Refuses an extractor that does not give ten logits for uint8 images [N,C,S,S]; path names it in the message."""
     logits = network(images[:1])[1]
     if logits is None or logits.shape[1] != 10:
         raise gan.UserError(f"{path} does not tell 10 digits apart: make one with classifier.py")
@@ -362,21 +369,30 @@ def check_reader(network, path, images):
 
 def run_command(function, parser, argv=None):
     """Calls a function with the flags of a command line; what the user did wrong ends in one line and exit status 2."""
-    args = parser.parse_args(argv)
+    args, name = parser.parse_args(argv), parser.prog.split()[0]
     try:
         function(**vars(args))
+    except KeyboardInterrupt:
+        parser.exit(130, gan.say(f"{name}: stopped", sys.stderr))
     except (gan.UserError, metrics.UserError, OSError) as error:
-        parser.exit(2, gan.say(f"{parser.prog.split()[0]}: error: {error}", sys.stderr))
+        parser.exit(2, gan.say(f"{name}: error: {error}", sys.stderr))
 
 
 def finish_run(run, config, model):
-    """Trains a model in the folder run until config.steps, or goes on with a run that was stopped."""
-    steps = lambda: gan.read_checkpoint(run, model)["steps"]  # noqa: E731
-    begun = (run / "checkpoint.pt").exists()
-    if not begun or steps() < config.steps:
+    """Trains a model in the folder run until config.steps, or goes on with a run that was stopped. Refuses one that was
+    trained in another way."""
+    config, begun = gan.resolve(config), (run / "checkpoint.pt").exists()
+    load = lambda: gan.read_checkpoint(run, model)  # noqa: E731
+    may_differ = {*gan.RESUMABLE, *gan.LOCAL} - {"lr_G", "lr_D"}
+    for name in (f.name for f in fields(config) if begun and f.name not in may_differ):
+        if getattr(config, name) not in ("auto", getattr(load()["config"], name)):
+            raise gan.UserError(f"{run} was trained with another {name}: give another --out")
+    if not begun or load()["steps"] < config.steps:
         gan.train(replace(config, runs=str(run.parent), name=run.name), run if begun else None, model)
-    if steps() != config.steps:
-        raise gan.UserError(f"{run} is at step {steps()} of {config.steps}: continue it, or give another --out")
+    if (steps := load()["steps"]) < config.steps:
+        raise gan.UserError(f"{run} was stopped at step {steps}: the same command goes on with it")
+    if steps > config.steps:
+        raise gan.UserError(f"{run} is at step {steps}, beyond {config.steps}: give another --steps or another --out")
 
 
 def entropy(logits):

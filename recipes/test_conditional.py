@@ -42,7 +42,7 @@ def test_study_trains_what_is_missing_and_measures_the_class(tmp_path, monkeypat
     data = images, torch.arange(128) % 10, list("0123456789")
     monkeypatch.setattr(gan, "load_images", lambda *args: data)
     monkeypatch.setattr(gan, "cache_folder", lambda: tmp_path / "cache")
-    reader = metrics.Extractor(lambda x: (x.mean(dim=(2, 3)), x.flatten(1)[:, :10]), "reader", "0" * 16)
+    reader = metrics.Extractor(lambda x: (255 * x.mean(dim=(2, 3)), x.flatten(1)[:, :10]), "reader", "0" * 16)
     monkeypatch.setattr(metrics, "load_extractor", lambda path: reader)
     variants = {name: conditional.VARIANTS[name] for name in ("ns, plain D", "ns, conditional D")}
     setting, out = replace(conditional.STUDY.setting, **TOY), tmp_path / "study"
@@ -59,10 +59,11 @@ def test_study_trains_what_is_missing_and_measures_the_class(tmp_path, monkeypat
     # The first row, by itself.
     seen = resize(images, [32, 32], InterpolationMode.BICUBIC, antialias=True).double() / 255
     features, read = (
-        seen.mean(dim=(2, 3)).expand(-1, 3),
+        (255 * seen.mean(dim=(2, 3))).expand(-1, 3),
         seen[:40].expand(-1, 3, -1, -1).flatten(1)[:, :10].argmax(dim=1),
     )
     distance = metrics.frechet_distance(features, features[:40])
+    assert distance > 1
     right = 100 * (read == data[1][:40]).double().mean()
     assert f"| real images | 1 | {distance:.1f} | {right:.1f} |" in table
     study.main([*argv, "1"])  # nothing is left to train
@@ -74,7 +75,11 @@ def test_study_trains_what_is_missing_and_measures_the_class(tmp_path, monkeypat
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         study.main([*argv, "1"])
-    assert stop.value.code == 2 and "is at step 2 of 1" in capsys.readouterr().err
+    assert stop.value.code == 2 and "is at step 2, beyond 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        replace(study, setting=replace(setting, lr_D=1e-3)).main([*argv, "2"])
+    assert stop.value.code == 2 and "trained with another lr_D: give another --out" in capsys.readouterr().err
+    assert (out / "study.md").read_text().count("\n") == 5  # what was refused leaves the table as it was
 
 
 def test_bad_input_ends_in_a_line(tmp_path, monkeypatch, capsys):

@@ -79,7 +79,7 @@ def test_entropy_of_what_is_read():
         assert report.entropy(logits) == pytest.approx(bits, abs=1e-6)
 
 
-def test_dcgan_by_command_line(tmp_path, capsys):
+def test_dcgan_by_command_line(tmp_path, capsys, monkeypatch):
     class Pixels(torch.nn.Module):
         """Takes some pixels as features and as logits."""
 
@@ -97,15 +97,16 @@ def test_dcgan_by_command_line(tmp_path, capsys):
     gan.main(["sample", "--interpolate", "--out", str(tmp_path / "walk.png"), *runs], dcgan.DCGAN)
     assert "FD(pixels)" in capsys.readouterr().out and (tmp_path / "walk.png").exists()
 
+    monkeypatch.setattr(gan, "cache_folder", lambda: tmp_path / "cache")
     setting = dcgan.Config(**TOY, data="synthetic", steps=2)
-    variants = {"base": {}, "ngf 8": dict(ngf=8, width=8, cond=True)}
+    variants = {"base": {}, "ngf 8": dict(ngf=8, width=8, cond=True, steps=4)}
     study = replace(dcgan.STUDY, setting=setting, variants=variants, n=100)
-    study.main(["--seeds", "2", "--out", str(tmp_path), *extractor])
+    study.main(["--seeds", "2", "--steps", "1", "--out", str(tmp_path), *extractor])
     lines = (tmp_path / "study.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| real images", "| base", "| ngf 8"]
     assert all(line.count(" \u00b1 ") == 2 for line in lines[3:]) and (tmp_path / "study.png").exists()
     config = gan.read_checkpoint(tmp_path / "ngf-8-seed1", dcgan.DCGAN)["config"]
-    assert (config.ngf, config.ndf, config.cond, config.seed) == (8, 4, True, 1)
+    assert (config.ngf, config.ndf, config.cond, config.seed, config.steps) == (8, 4, True, 1, 2)  # scaled
     for change in dcgan.VARIANTS.values():
         gan.resolve(replace(gan.resolve(dcgan.STUDY.setting), **change))
 

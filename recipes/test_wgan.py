@@ -79,9 +79,7 @@ def test_adam_cancels_a_gain_only_in_a_linear_loss():
 def test_shares_count_the_digits():
     read = torch.eye(10)[torch.tensor([3] * 12 + [5] * 6 + [0, 1])]
     assert wgan.shares(read, None) == pytest.approx((0, 60))
-    assert wgan.shares(read.roll(1, dims=1).repeat(10, 1) + torch.eye(10).repeat(20, 1) * 2, None) == pytest.approx(
-        (10, 10)
-    )
+    assert wgan.shares(torch.eye(10).repeat(20, 1), None) == pytest.approx((10, 10))
 
 
 def test_study_draws_and_scores_each_variant(tmp_path, monkeypatch, capsys):

@@ -99,8 +99,8 @@ class Plain(Unrolled):
         return Perceptron(config.z_dim, config.width, *shape), Perceptron(math.prod(shape), config.width)
 
 
-# D learns slower than G, so that without a look-ahead G outruns it. The average of G's weights is G itself, which would
-# otherwise blend the modes that G visits in turn.
+# D learns more slowly than G, so that without a look-ahead G outruns it. A half-life of one image makes the averaged G
+# the present one; an average would blend the modes that G visits in turn.
 PLAIN = dict(lr_G=1e-3, lr_D=3e-4, beta1=0.5, beta2=0.999, augment="none", amp="off", device="cpu", ema_images=1)
 
 # ---- The ring: 8 Gaussians of deviation 0.02 on a circle of radius 2
@@ -129,7 +129,7 @@ def train_on_ring(config, n=10_000, moments=6):
 
 
 def count_modes(x):
-    """Counts the modes that at least 1% of x[N,2] lie within 3 sigma of; returns it and the share of all such x."""
+    """Counts the modes that at least 1% of x[N,2] lie within 3 sigma of; returns it and the share of x near one."""
     distance, nearest = torch.cdist(x, CENTRES).min(dim=1)
     near = distance < 3 * SIGMA
     counts = nearest[near].bincount(minlength=8)
@@ -172,7 +172,7 @@ STUDY = report.Study(
     model=Plain,
     setting=Config(**PLAIN, data="mnist", loss="minimax", width=128, z_dim=64, size=16, steps=2000, sample_every=1000),
     variants={"k = 0": dict(unroll=0), "k = 4": dict(unroll=4)},
-    titles={"entropy of the digits, bits": 2},
+    columns={"entropy of the digits, bits": 2},
     score=lambda logits, due: (report.entropy(logits),),
     draw=report.draw_strips,
 )

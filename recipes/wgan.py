@@ -69,7 +69,7 @@ VARIANTS = {
     "wgan": {},
     "ns": dict(loss="ns"),
     "ns, gan.py's Adam": dict(loss="ns", lr_G=4e-4, lr_D=4e-4, beta2=0.99),
-    "batch norm in the critic": dict(batch_norm=True),  # and now the suspects, one change each
+    "batch norm in the critic": dict(batch_norm=True),  # and now the suspects
     "sigmoid after the critic": dict(sigmoid=True),
     "output times 100": dict(gain=100.0),
     "augmentation": dict(augment="auto"),
@@ -83,7 +83,7 @@ STUDY = report.Study(
     model=WGAN,
     setting=Config(data="usps", size=16, width=16, steps=1200, sample_every=1000),
     variants=VARIANTS,
-    titles={"rarest digit %": 1, "commonest digit %": 1},
+    columns={"rarest digit %": 1, "commonest digit %": 1},
     score=shares,
     draw=report.draw_strips,
     reader="usps.pt2",
