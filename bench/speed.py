@@ -15,7 +15,9 @@ textbook's as a script would.
 """
 
 import argparse
+import contextlib
 import copy
+import ctypes
 import os
 import statistics
 import subprocess
@@ -212,7 +214,7 @@ class Loop:
 def loop(which, size, batch, amp, age):
     """Does what a Loop's process does: age steps, then one for each line on stdin."""
     if which == "gan.py train":
-        gan.hold_memory()
+        hold_memory()
     model, data = make_gan(int(size), int(batch), amp)
     step = partial(textbook_step, textbook_of(model)) if which == "textbook" else model.train_step
     before = peak_memory(DEVICE) or 0
@@ -282,6 +284,13 @@ WORKS = {
 }
 
 
+def hold_memory():
+    """Keeps freed memory in this process, as the train command does."""
+    with contextlib.suppress(OSError, AttributeError):  # another system, or a C library other than GNU's
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0), mallopt(-1, 2**31 - 1)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("works", nargs="*", default="all", choices=["all", *WORKS], help="what to measure (all)")
@@ -289,7 +298,7 @@ def main():
     args = parser.parse_args()
     if args.loop:
         return loop(*args.loop)
-    gan.hold_memory()  # as the train command does; it serves both
+    hold_memory()  # it serves both
     print(f"{processor(DEVICE)}, torch {torch.__version__}\n\n| work | gan.py | textbook | ratio |")
     print("| --- | ---: | ---: | ---: |", flush=True)
     for name in WORKS if "all" in args.works else args.works:
