@@ -141,9 +141,7 @@ def main(argv=None):
     parser.add_argument("--starts", type=positive, default=4, help="descents per picture, at least one per class (4)")
     parser.add_argument("--steps", type=positive, default=120, help="steps per descent (120)")
     parser.add_argument("--extractor", help="program of classifier.py that names the digits along a walk")
-    parser.add_argument(
-        "--seed", type=gan.whole_number, default=0, help="seed of the choice of pictures and of pepper (0)"
-    )
+    parser.add_argument("--seed", type=gan.whole_number, default=0, help="seed of the choice and of pepper (0)")
     parser.add_argument("--out", default="invert.png", help="PNG picture to write (invert.png)")
     report.run_command(study, parser, argv)
 
