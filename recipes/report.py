@@ -330,18 +330,21 @@ class Study:
             gan.say(lines[-1])
 
         add_row("real images", [self.measure(network, real, images[: self.n], labels[: self.n])])
-        for title in dict.fromkeys(variants):
-            change = {"steps": self.setting.steps} | self.variants[title]
-            change["steps"] = max(1, change["steps"] * steps // self.setting.steps)
-            runs[title] = [out / f"{re.sub('[^A-Za-z0-9.]+', '-', title)}-seed{seed}" for seed in range(seeds)]
-            for seed, run in enumerate(runs[title]):
-                finish_run(run, replace(setting, **change, seed=seed), self.model)
-            add_row(title, [self.measure(network, real, *self.samples(run)) for run in runs[title]])
-            # Now, so that a study that is stopped shows what it has.
-            with gan.whole_file(out / "study.md") as file:
-                file.write("\n".join([*lines, ""]).encode())
-            with gan.whole_file(out / "study.png") as file:
-                self.draw(self.model, runs).savefig(file, format="png", dpi=80)
+        try:
+            for title in dict.fromkeys(variants):
+                change = {"steps": self.setting.steps} | self.variants[title]
+                change["steps"] = max(1, change["steps"] * steps // self.setting.steps)
+                made = [out / f"{re.sub('[^A-Za-z0-9.]+', '-', title)}-seed{seed}" for seed in range(seeds)]
+                for seed, run in enumerate(made):
+                    finish_run(run, replace(setting, **change, seed=seed), self.model)
+                add_row(title, [self.measure(network, real, *self.samples(run)) for run in made])
+                runs[title] = made
+                with gan.whole_file(out / "study.md") as file:
+                    file.write("\n".join([*lines, ""]).encode())
+        finally:  # so that a study that is stopped shows what it has
+            if runs:
+                with gan.whole_file(out / "study.png") as file:
+                    self.draw(self.model, runs).savefig(file, format="png", dpi=80)
 
     def samples(self, run):
         """Draws from a run's G: images [n,C,S,S], and the classes [n] they are to show, each in turn."""
@@ -380,16 +383,18 @@ def run_command(function, parser, argv=None):
 
 def finish_run(run, config, model):
     """Trains a model in the folder run until config.steps, or goes on with a run that was stopped. Refuses one that was
-    trained in another way."""
-    config, begun = gan.resolve(config), (run / "checkpoint.pt").exists()
-    load = lambda: gan.read_checkpoint(run, model)  # noqa: E731
-    may_differ = {*gan.RESUMABLE, *gan.LOCAL} - {"lr_G", "lr_D"}
-    for name in (f.name for f in fields(config) if begun and f.name not in may_differ):
-        if getattr(config, name) not in ("auto", getattr(load()["config"], name)):
-            raise gan.UserError(f"{run} was trained with another {name}: give another --out")
-    if not begun or load()["steps"] < config.steps:
-        gan.train(replace(config, runs=str(run.parent), name=run.name), run if begun else None, model)
-    if (steps := load()["steps"]) < config.steps:
+    trained in another way than the resolved config says."""
+    read = lambda: gan.read_checkpoint(run, model)  # noqa: E731
+    known, may_differ = None, {*gan.RESUMABLE, *gan.LOCAL} - {"lr_G", "lr_D"}
+    if (run / "checkpoint.pt").exists():
+        known = read()
+        for name in (f.name for f in fields(config) if f.name not in may_differ):
+            if getattr(config, name) not in ("auto", getattr(known["config"], name)):
+                raise gan.UserError(f"{run} was trained with another {name}: give another --out")
+    if not known or known["steps"] < config.steps:
+        gan.train(replace(config, runs=str(run.parent), name=run.name), run if known else None, model)
+        known = read()
+    if (steps := known["steps"]) < config.steps:
         raise gan.UserError(f"{run} was stopped at step {steps}: the same command goes on with it")
     if steps > config.steps:
         raise gan.UserError(f"{run} is at step {steps}, beyond {config.steps}: give another --steps or another --out")
