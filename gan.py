@@ -56,7 +56,7 @@ class UserError(ValueError):
 # ---- Networks
 class Generator(nn.Module):
     """Maps noise and class to images: z[N,z_dim], y[N] int64 or None -> [N,channels,size,size] float32 in [-1,1].
-    The class embedding is concatenated to z; both feed the first layer and every adaptive norm."""
+    z, with the square root of its length, and the class embedding feed the first layer and every adaptive norm."""
 
     def __init__(self, size=64, channels=3, width=32, max_width=512, z_dim=128, num_classes=0):
         super().__init__()
@@ -74,6 +74,7 @@ class Generator(nn.Module):
             layer.weight.data *= 0.1
 
     def forward(self, z, y=None):
+        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** -0.25  # length is variety, and truncated z are short
         e = torch.cat([z, self.embed(y)], dim=1) if self.num_classes else z
         h = self.linear(e).unflatten(1, (-1, 4, 4)).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
@@ -166,7 +167,8 @@ LOSSES = {  # name: (loss of D, loss of G), from arXiv 1406.2661, 1705.02894, 16
     "hinge": (lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(), lambda fake: -fake.mean()),
     "lsgan": (lambda real, fake: ((real - 1) ** 2 + fake**2).mean() / 2, lambda fake: ((fake - 1) ** 2).mean() / 2),
     "wgan": (lambda real, fake: fake.mean() - real.mean(), lambda fake: -fake.mean()),
-    "rpgan": (lambda real, fake: F.softplus(fake - real).mean(), lambda fake: F.softplus(-fake).mean()),  # fake - real
+    # Spectral norm keeps D's logits close together: at ten times their difference D learns more. G's takes fake - real.
+    "rpgan": (lambda real, fake: F.softplus(10 * (fake - real)).mean(), lambda fake: F.softplus(-10 * fake).mean()),
 }
 
 
@@ -248,9 +250,8 @@ class GAN:
         augmented = diff_augment(fake, self.config.augment)
         with self.autocast:
             fake_logits = self.D(augmented, y)
-        if self.config.loss == "rpgan":  # pairs each sample with a real image of its class
-            fake_logits = fake_logits - self.real_logits
-        loss = LOSSES[self.config.loss][1](fake_logits)
+        paired = self.real_logits if self.config.loss == "rpgan" else 0  # each sample with a real image of its class
+        loss = LOSSES[self.config.loss][1](fake_logits - paired)
         self.descend(self.opt_G, loss)
         self.D.requires_grad_(True)
         return loss.detach()
@@ -1040,7 +1041,7 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
     device = join(device)
     G, config = load_generator(run, device, model=model)
     images, labels, names = load_images(data or config.data, config.size, config.channels, config.data_dir)
-    classes, notes = None, []
+    classes, notes, new = None, [], []
     if G.num_classes and names:
         if unknown := [name for name in names if name not in G.classes]:
             raise UserError(f"the run has no class {', '.join(unknown[:3])}; the images must be of its own classes")
@@ -1061,7 +1062,6 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
         network, notes = None, [*notes, str(error)]
     facts = {"n": n or len(images), "steps": G.steps, "seed": seed, "data": data or config.data, "n_real": len(images)}
     facts |= network.made_by if network else {"network": None}
-    new = []
     for trunc in truncs:
         samples, row = generate_batches(G, facts["n"], trunc, classes, seed), {"trunc": trunc} | facts
         if network:

@@ -165,7 +165,7 @@ def textbook_generator(G, z, y, statistics=None):
             statistics.append((layer.norm, mean.detach().flatten(), var.detach().flatten()))
         return (h - mean) / (var + 1e-5).sqrt() * (1 + gain)[:, :, None, None] + bias[:, :, None, None]
 
-    e = torch.cat([z, G.embed.weight[y]], 1)
+    e = torch.cat([z / z.norm(dim=1, keepdim=True).sqrt() * z.shape[1] ** 0.25, G.embed.weight[y]], 1)
     h = (e @ true_weight(G.linear).T + G.linear.bias).reshape(len(z), -1, 4, 4)
     for b in G.blocks:
         x = up(h)
@@ -244,7 +244,7 @@ BY_HAND = {  # name: (loss of D, loss of G)
     "lsgan": ((1 + 4) / 4 + (0.25 + 9) / 4, (0.25 + 16) / 4),
     "ns": (D_BCE, -(log_sigmoid(0.5) + log_sigmoid(-3)) / 2),
     "minimax": (D_BCE, (log_sigmoid(-0.5) + log_sigmoid(3)) / 2),
-    "rpgan": (-(log_sigmoid(2 - 0.5) + log_sigmoid(-1 + 3)) / 2, -(log_sigmoid(0.5) + log_sigmoid(-3)) / 2),
+    "rpgan": (-(log_sigmoid(15) + log_sigmoid(20)) / 2, -(log_sigmoid(5) + log_sigmoid(-30)) / 2),
 }
 
 
@@ -995,7 +995,8 @@ def test_statistics_are_of_the_trunc_and_what_is_drawn_for_pictures():
         assert len(Recorder.calls) == calls
         Recorder.calls.clear()
         norm = gan.with_standing_statistics(G, trunc).blocks[0].norm1.norm
-        h = G.linear(gan.sample_z(20_000, 8, trunc)).view(-1, 8, 4, 4)
+        z = gan.sample_z(20_000, 8, trunc)
+        h = G.linear(8**0.25 * z / z.norm(dim=1, keepdim=True).sqrt()).view(-1, 8, 4, 4)
         assert torch.allclose(norm.running_mean, h.mean((0, 2, 3)), atol=0.02)
         assert torch.allclose(norm.running_var, h.var((0, 2, 3)), atol=0.03)
     assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items())  # G itself stays as it was
@@ -1004,8 +1005,7 @@ def test_statistics_are_of_the_trunc_and_what_is_drawn_for_pictures():
     with torch.no_grad():
         G.linear.weight += 1
     gan.generate(gan.with_standing_statistics(G), 1)
-    assert len(Recorder.calls) == 21
-    Recorder.calls.clear()
+    assert len(Recorder.calls) == 21 and Recorder.calls.clear() is None
     gan.interpolate(Recorder(16, 3, 4, 8, 8, 3), classes=[2, 0], rows=3, columns=5, seed=4)
     z, y = rendered()
     ends = gan.sample_z(6, 8, generator=torch.Generator().manual_seed(4))
