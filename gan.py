@@ -56,7 +56,7 @@ class UserError(ValueError):
 # ---- Networks
 class Generator(nn.Module):
     """Maps noise and class to images: z[N,z_dim], y[N] int64 or None -> [N,channels,size,size] float32 in [-1,1].
-    z, with the square root of its length, and the class embedding feed the first layer and every adaptive norm."""
+    z, with the cube root of its length, and the class embedding feed the first layer and every adaptive norm."""
 
     def __init__(self, size=64, channels=3, width=32, max_width=512, z_dim=128, num_classes=0):
         super().__init__()
@@ -74,7 +74,7 @@ class Generator(nn.Module):
             layer.weight.data *= 0.1
 
     def forward(self, z, y=None):
-        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** -0.25  # length is variety, and truncated z are short
+        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** (-1 / 3)  # length is variety; truncated z are short
         e = torch.cat([z, self.embed(y)], dim=1) if self.num_classes else z
         h = self.linear(e).unflatten(1, (-1, 4, 4)).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
