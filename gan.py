@@ -74,7 +74,7 @@ class Generator(nn.Module):
             layer.weight.data *= 0.1
 
     def forward(self, z, y=None):
-        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** (-1 / 3)  # length is variety; truncated z are short
+        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** (-1 / 3)  # truncated z are short; length is variety
         e = torch.cat([z, self.embed(y)], dim=1) if self.num_classes else z
         h = self.linear(e).unflatten(1, (-1, 4, 4)).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
