@@ -233,18 +233,18 @@ def test_spectral_norm_is_float32_under_autocast_and_rests_in_eval_mode():
 
 
 # ---- Losses
-REAL, FAKE = torch.tensor([2.0, -1.0]), torch.tensor([0.5, -3.0])
+REAL, FAKE = torch.tensor([2.0, -1.0]), torch.tensor([2.1, -3.0])
 
 
 log_sigmoid = lambda x: -math.log(1 + math.exp(-x))  # noqa: E731
-D_BCE = -(log_sigmoid(2) + log_sigmoid(-1)) / 2 - (log_sigmoid(-0.5) + log_sigmoid(3)) / 2
+D_BCE = -(log_sigmoid(2) + log_sigmoid(-1)) / 2 - (log_sigmoid(-2.1) + log_sigmoid(3)) / 2
 BY_HAND = {  # name: (loss of D, loss of G)
-    "hinge": ((0 + 2) / 2 + (1.5 + 0) / 2, -(0.5 - 3) / 2),
-    "wgan": ((0.5 - 3) / 2 - (2 - 1) / 2, -(0.5 - 3) / 2),
-    "lsgan": ((1 + 4) / 4 + (0.25 + 9) / 4, (0.25 + 16) / 4),
-    "ns": (D_BCE, -(log_sigmoid(0.5) + log_sigmoid(-3)) / 2),
-    "minimax": (D_BCE, (log_sigmoid(-0.5) + log_sigmoid(3)) / 2),
-    "rpgan": (-(log_sigmoid(15) + log_sigmoid(20)) / 2, -(log_sigmoid(5) + log_sigmoid(-30)) / 2),
+    "hinge": ((0 + 2) / 2 + (3.1 + 0) / 2, -(2.1 - 3) / 2),
+    "wgan": ((2.1 - 3) / 2 - (2 - 1) / 2, -(2.1 - 3) / 2),
+    "lsgan": ((1 + 4) / 4 + (4.41 + 9) / 4, (1.21 + 16) / 4),
+    "ns": (D_BCE, -(log_sigmoid(2.1) + log_sigmoid(-3)) / 2),
+    "minimax": (D_BCE, (log_sigmoid(-2.1) + log_sigmoid(3)) / 2),
+    "rpgan": (-(log_sigmoid(-1) + log_sigmoid(20)) / 2, -(log_sigmoid(21) + log_sigmoid(-30)) / 2),
 }
 
 
