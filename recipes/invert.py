@@ -70,12 +70,12 @@ def psnr(restored, x, where):
 
 
 def walk(G, z, y, columns=9):
-    """Walks from z[0] and class y[0] to z[1] and y[1]: samples [columns,C,S,S]."""
+    """Walks along the arc from z[0] and class y[0] to z[1] and y[1]: samples [columns,C,S,S]."""
     t = torch.linspace(0, 1, columns)[:, None]
-    if not G.num_classes:
-        return G(torch.lerp(*z, t))
-    steps = {"embed.weight": torch.lerp(*G.embed(y), t)}  # a class for each step, between those of the two ends
-    return torch.func.functional_call(G, steps, (torch.lerp(*z, t), torch.arange(columns)))
+    angle = torch.arccos(torch.cosine_similarity(*z, dim=0).clamp(-1, 1))
+    z = (torch.sin((1 - t) * angle) * z[0] + torch.sin(t * angle) * z[1]) / torch.sin(angle)  # a line would near zero
+    between = {"embed.weight": torch.lerp(*G.embed(y), t)} if G.num_classes else {}  # a class for each step
+    return torch.func.functional_call(G, between, (z, torch.arange(columns)))
 
 
 def unseen_images(config, folder):
