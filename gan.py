@@ -187,9 +187,8 @@ class GAN:
         nets = self.networks(config, num_classes)
         self.G, self.D = (net.to(self.device, memory_format=torch.channels_last) for net in nets)
         self.G_ema = copy.deepcopy(self.G).eval().requires_grad_(False)
-        for module in (*self.G.modules(), *self.D.modules()) if n_ranks() > 1 else ():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = SyncedBatchNorm
+        for norm in (m for net in nets for m in net.modules() if n_ranks() > 1 and type(m) is nn.BatchNorm2d):
+            norm.__class__ = SyncedBatchNorm
         betas, fused = (config.beta1, config.beta2), self.device.type in ("cpu", "cuda")
         self.opt_G = torch.optim.Adam(self.G.parameters(), config.lr_G, betas, fused=fused)
         self.opt_D = torch.optim.Adam(self.D.parameters(), config.lr_D, betas, fused=fused)
@@ -520,12 +519,14 @@ def sample_grid(G, trunc=None, columns=10, seed=0):
 def interpolate(G, trunc=None, classes=None, rows=8, columns=10, seed=0):
     """Walks from one random z to another in each row, in a class, of `classes` in turn: uint8 [rows,columns,C,H,W]."""
     a, b = sample_z(2 * rows, G.z_dim, trunc, torch.Generator().manual_seed(seed)).chunk(2)  # [rows,z_dim] each
-    t = torch.linspace(0, 1, columns)[:, None]
-    # Along the arc from a to b: points on the straight line are shorter than any z that G has seen.
-    angle = torch.arccos(F.cosine_similarity(a, b).clamp(-1, 1))[:, None, None]
-    z = (torch.sin((1 - t) * angle) * a[:, None] + torch.sin(t * angle) * b[:, None]) / torch.sin(angle)
     y = choose_classes(G, rows, classes, seed).repeat_interleave(columns)
-    return torch.cat([*render(G, z.flatten(0, 1), y, trunc)]).unflatten(0, (rows, columns))
+    return torch.cat([*render(G, arc(a, b, columns).flatten(0, 1), y, trunc)]).unflatten(0, (rows, columns))
+
+
+def arc(a, b, n):
+    """Walks from a[N,d] to b[N,d] in n points [N,n,d] on an arc; those on a line are shorter than any z G has seen."""
+    t, angle = torch.linspace(0, 1, n)[:, None], torch.arccos(F.cosine_similarity(a, b).clamp(-1, 1))[:, None, None]
+    return (torch.sin((1 - t) * angle) * a[:, None] + torch.sin(t * angle) * b[:, None]) / torch.sin(angle)
 
 
 def tile(images, columns=10):
@@ -910,12 +911,11 @@ def open_run(config, run, steps):
             path.mkdir(exist_ok=bool(config.name))  # a run that was killed before its first checkpoint leaves its name
             run = path
     lock = open(run / ".lock", "a")
-    try:
-        os.lockf(lock.fileno(), os.F_TLOCK, 0)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{run} is being trained by another process")
-    except (AttributeError, OSError):  # a system or a disk without locks
-        pass
+    with contextlib.suppress(AttributeError, OSError):  # a system or a disk without locks
+        try:
+            os.lockf(lock.fileno(), os.F_TLOCK, 0)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{run} is being trained by another process")
     log = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
     log = [line + "\n" for line in log if line.endswith("}") and json.loads(line)["step"] <= steps]  # not half a line
     for name, text in (("config.json", json.dumps(asdict(config), indent=2)), ("log.jsonl", "".join(log))):

@@ -129,7 +129,8 @@ def study(data_dir, extractor, run, epochs, seed, out):
     if G:
         samples = gan.generate(G, len(test), seed=seed)
         gan.say(f"GAN: FD(digits) {score(samples):.1f}")
-        drawn["GAN"] = torch.cat([samples[:54], gan.to_uint8(G(walk(invert(G, test[:4]))))])
+        starts, ends = invert(G, test[:4]).view(2, 2, -1).unbind(dim=1)
+        drawn["GAN"] = torch.cat([samples[:54], gan.to_uint8(G(gan.arc(starts, ends, 9).flatten(0, 1)))])
     draw_figure(out, history, drawn)
 
 

@@ -71,11 +71,8 @@ def psnr(restored, x, where):
 
 def walk(G, z, y, columns=9):
     """Walks along the arc from z[0] and class y[0] to z[1] and y[1]: samples [columns,C,S,S]."""
-    t = torch.linspace(0, 1, columns)[:, None]
-    angle = torch.arccos(torch.cosine_similarity(*z, dim=0).clamp(-1, 1))
-    z = (torch.sin((1 - t) * angle) * z[0] + torch.sin(t * angle) * z[1]) / torch.sin(angle)  # a line would near zero
-    between = {"embed.weight": torch.lerp(*G.embed(y), t)} if G.num_classes else {}  # a class for each step
-    return torch.func.functional_call(G, between, (z, torch.arange(columns)))
+    between = {"embed.weight": torch.lerp(*G.embed(y), torch.linspace(0, 1, columns)[:, None])} if G.num_classes else {}
+    return torch.func.functional_call(G, between, (gan.arc(*z.split(1), columns)[0], torch.arange(columns)))
 
 
 def unseen_images(config, folder):
