@@ -56,7 +56,7 @@ class UserError(ValueError):
 # ---- Networks
 class Generator(nn.Module):
     """Maps noise and class to images: z[N,z_dim], y[N] int64 or None -> [N,channels,size,size] float32 in [-1,1].
-    z, with the square root of its rms, and the class embedding feed the first layer and every adaptive norm."""
+    z, scaled to the square root of its rms, and the class embedding feed the first layer and every adaptive norm."""
 
     def __init__(self, size=64, channels=3, width=32, max_width=512, z_dim=128, num_classes=0):
         super().__init__()
@@ -74,7 +74,7 @@ class Generator(nn.Module):
             layer.weight.data *= 0.1
 
     def forward(self, z, y=None):
-        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** -0.25  # truncated z are short: they vary less
+        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** -0.25  # truncated z, which are short, vary less
         e = torch.cat([z, self.embed(y)], dim=1) if self.num_classes else z
         h = self.linear(e).unflatten(1, (-1, 4, 4)).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
@@ -167,7 +167,7 @@ LOSSES = {  # name: (loss of D, loss of G), from arXiv 1406.2661, 1705.02894, 16
     "hinge": (lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(), lambda fake: -fake.mean()),
     "lsgan": (lambda real, fake: ((real - 1) ** 2 + fake**2).mean() / 2, lambda fake: ((fake - 1) ** 2).mean() / 2),
     "wgan": (lambda real, fake: fake.mean() - real.mean(), lambda fake: -fake.mean()),
-    # Spectral norm keeps D's logits close: at three times their difference D learns more. G's gets fake - real.
+    # Spectral norm keeps D's logits so close that D learns more at three times the difference. G's gets fake - real.
     "rpgan": (lambda real, fake: F.softplus(3 * (fake - real)).mean(), lambda fake: F.softplus(-3 * fake).mean()),
 }
 
