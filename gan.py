@@ -56,7 +56,7 @@ class UserError(ValueError):
 # ---- Networks
 class Generator(nn.Module):
     """Maps noise and class to images: z[N,z_dim], y[N] int64 or None -> [N,channels,size,size] float32 in [-1,1].
-    z, scaled to the square root of its rms, and the class embedding feed the first layer and every adaptive norm."""
+    z, scaled to the cube root of its rms, and the class embedding feed the first layer and every adaptive norm."""
 
     def __init__(self, size=64, channels=3, width=32, max_width=512, z_dim=128, num_classes=0):
         super().__init__()
@@ -74,7 +74,7 @@ class Generator(nn.Module):
             layer.weight.data *= 0.1
 
     def forward(self, z, y=None):
-        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** -0.25  # truncated z, which are short, vary less
+        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** (-1 / 3)  # truncated z, which are short, vary less
         e = torch.cat([z, self.embed(y)], dim=1) if self.num_classes else z
         h = self.linear(e).unflatten(1, (-1, 4, 4)).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
@@ -156,7 +156,7 @@ class DiscriminatorBlock(nn.Module):
         return conv_pool(self.conv2, F.relu(h, inplace=True)).add_(self.skip(pool(x)))
 
 
-# ---- Losses to minimise: D's takes its logits of real[N] and fake[N], G's takes those of fake[N]
+# ---- Losses to minimise: D's takes its logits of real[N] and fake[N], G's takes those of fake[N], or fake - real
 def d_bce(real, fake):
     return F.softplus(-real).mean() + F.softplus(fake).mean()  # -log sigmoid(real) - log(1 - sigmoid(fake))
 
@@ -167,8 +167,7 @@ LOSSES = {  # name: (loss of D, loss of G), from arXiv 1406.2661, 1705.02894, 16
     "hinge": (lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(), lambda fake: -fake.mean()),
     "lsgan": (lambda real, fake: ((real - 1) ** 2 + fake**2).mean() / 2, lambda fake: ((fake - 1) ** 2).mean() / 2),
     "wgan": (lambda real, fake: fake.mean() - real.mean(), lambda fake: -fake.mean()),
-    # Spectral norm keeps D's logits so close that D learns more at three times the difference. G's gets fake - real.
-    "rpgan": (lambda real, fake: F.softplus(3 * (fake - real)).mean(), lambda fake: F.softplus(-3 * fake).mean()),
+    "rpgan": (lambda real, fake: F.softplus(fake - real).mean(), lambda fake: F.softplus(-fake).mean()),
 }
 
 
@@ -184,6 +183,7 @@ class GAN:
         torch.manual_seed(config.seed)
         self.config, self.device, self.steps = config, torch.device(device), 0
         self.classes, self.images = [], None  # names and a hash of the images, checked on resume
+        self.logit_scale = 10 if config.loss == "rpgan" and num_classes else 1  # within a class they lie close
         nets = self.networks(config, num_classes)
         self.G, self.D = (net.to(self.device, memory_format=torch.channels_last) for net in nets)
         self.G_ema = copy.deepcopy(self.G).eval().requires_grad_(False)
@@ -238,7 +238,7 @@ class GAN:
         both = torch.cat([diff_augment(x, self.config.augment) for x in (real, fake)])
         with self.autocast:  # one pass over both: fewer, larger products
             real_logits, fake_logits = self.D(both, y.repeat(2)).chunk(2)
-        loss = LOSSES[self.config.loss][0](real_logits, fake_logits)
+        loss = LOSSES[self.config.loss][0](self.logit_scale * real_logits, self.logit_scale * fake_logits)
         self.descend(self.opt_D, loss)
         self.real_logits = real_logits.detach()
         return loss.detach(), self.real_logits.mean(), fake_logits.detach().mean()
@@ -250,7 +250,7 @@ class GAN:
         with self.autocast:
             fake_logits = self.D(augmented, y)
         paired = self.real_logits if self.config.loss == "rpgan" else 0  # each sample with a real image of its class
-        loss = LOSSES[self.config.loss][1](fake_logits - paired)
+        loss = LOSSES[self.config.loss][1](self.logit_scale * (fake_logits - paired))
         self.descend(self.opt_G, loss)
         self.D.requires_grad_(True)
         return loss.detach()

@@ -51,8 +51,7 @@ def caches(tmp_path_factory):
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """3 classes of 8 pictures, 20 x 18 pixels; the classes' order shows whether 10 is sorted behind 9."""
-    root = tmp_path_factory.mktemp("pictures")
-    generator = torch.Generator().manual_seed(0)
+    root, generator = tmp_path_factory.mktemp("pictures"), torch.Generator().manual_seed(0)
     for c, name in enumerate(["rose 1", "rose 9", "rose 10"]):
         (root / name).mkdir()
         for i in range(8):
@@ -165,7 +164,7 @@ def textbook_generator(G, z, y, statistics=None):
             statistics.append((layer.norm, mean.detach().flatten(), var.detach().flatten()))
         return (h - mean) / (var + 1e-5).sqrt() * (1 + gain)[:, :, None, None] + bias[:, :, None, None]
 
-    e = torch.cat([z * (z.shape[1] ** 0.5 / z.norm(dim=1, keepdim=True)) ** 0.5, G.embed.weight[y]], 1)
+    e = torch.cat([z * (z.shape[1] ** 0.5 / z.norm(dim=1, keepdim=True)) ** (2 / 3), G.embed.weight[y]], 1)
     h = (e @ true_weight(G.linear).T + G.linear.bias).reshape(len(z), -1, 4, 4)
     for b in G.blocks:
         x = up(h)
@@ -197,10 +196,7 @@ def test_networks_equal_their_textbook_form_in_outputs_gradients_and_statistics(
         D(x, y)
     D.eval()  # they rest
     statistics = []
-    pairs = [
-        (G, z, G(z, y), textbook_generator(G, z, y, statistics)),
-        (D, x, D(x, y), textbook_discriminator(D, x, y)),
-    ]
+    pairs = [(G, z, G(z, y), textbook_generator(G, z, y, statistics)), (D, x, D(x, y), textbook_discriminator(D, x, y))]
     for net, given, fast, textbook in pairs:
         assert torch.allclose(fast, textbook, rtol=0, atol=1e-5)
         weights, (names, parameters) = torch.randn_like(fast), zip(*net.named_parameters())
@@ -244,7 +240,7 @@ BY_HAND = {  # name: (loss of D, loss of G)
     "lsgan": ((1 + 4) / 4 + (4.41 + 9) / 4, (1.21 + 16) / 4),
     "ns": (D_BCE, -(log_sigmoid(2.1) + log_sigmoid(-3)) / 2),
     "minimax": (D_BCE, (log_sigmoid(-2.1) + log_sigmoid(3)) / 2),
-    "rpgan": (-(log_sigmoid(-0.3) + log_sigmoid(6)) / 2, -(log_sigmoid(6.3) + log_sigmoid(-9)) / 2),
+    "rpgan": (-(log_sigmoid(-0.1) + log_sigmoid(2)) / 2, -(log_sigmoid(2.1) + log_sigmoid(-3)) / 2),
 }
 
 
@@ -279,8 +275,7 @@ def test_noise_is_the_truncated_normal(trunc):
 def test_translation_moves_by_whole_pixels_and_cutout_zeroes_one_square():
     torch.manual_seed(0)
     x = torch.rand(200, 2, 16, 16) + 1
-    padded = F.pad(x, (2, 2, 2, 2))
-    seen = set()
+    padded, seen = F.pad(x, (2, 2, 2, 2)), set()
     for n, moved in enumerate(gan.diff_augment(x, "translation")):
         moves = [(i, j) for i in range(5) for j in range(5) if torch.equal(moved, padded[n, :, i : i + 16, j : j + 16])]
         assert len(moves) == 1
@@ -312,8 +307,7 @@ KINDS = "RGB.png L.png 1.png P.png P.gif RGBA.png LA.png RGB.bmp CMYK.tif I;16.p
 def test_each_lossless_mode_is_decoded_exactly(tmp_path, kind):
     picture = color_picture()
     mode, suffix = kind.split(".")
-    path = tmp_path / f"picture.{suffix}"
-    pil = to_pil_image(picture)
+    path, pil = tmp_path / f"picture.{suffix}", to_pil_image(picture)
     if mode == "I;16":
         expected = picture[:1].expand(3, -1, -1)
         pil = Image.fromarray(picture[0].numpy().astype(np.uint16) * 257)
@@ -397,8 +391,7 @@ def test_cache_is_used_and_never_stale(folder, tmp_path, monkeypatch, capsys):
     assert len(load()[0]) == 7
     for cached in (tmp_path / "cache").rglob("*.pt"):  # half-written
         cached.write_bytes(cached.read_bytes()[:-1])
-    assert load()[1] == 7 and load()[1] == 0
-    assert not list((tmp_path / "cache").rglob("*.part"))
+    assert load()[1] == 7 and load()[1] == 0 and not list((tmp_path / "cache").rglob("*.part"))
     for name, value in (("A", 10), ("B", 200)):  # equal names, sizes and times
         assert gan.load_images(bmp_folder(tmp_path / name, value), 16, 3)[0].float().mean() == value
         assert ("dark, from 0 to 10 of 255" in capsys.readouterr().out) == (value == 10)
@@ -499,6 +492,16 @@ def test_every_loss_trains_both_networks(loss):
     assert torch.isfinite(model.train_step(random_batches(model.config))).all() and model.steps == 1
     for name, old in before.items():
         assert any(not torch.equal(p, q) for p, q in zip(getattr(model, name).parameters(), old)), name
+
+
+def test_rpgan_compares_ten_times_the_logits_of_classes():
+    x, y = torch.ones(4, 3, 16, 16), torch.zeros(4, dtype=torch.long)  # one image, so that a mean tells each logit
+    for classes, scale in ((3, 10), (0, 1)):
+        model = gan.GAN(toy(loss="rpgan").config, classes)
+        model.D.eval(), setattr(model, "descend", lambda *_: None)  # D stays as it is
+        loss_D, real, fake = model.update_D(x, -x, y)
+        assert abs(loss_D - F.softplus(scale * (fake - real))) < 1e-5
+        assert abs(model.update_G(x, -x, y) - F.softplus(scale * (real - fake))) < 1e-5
 
 
 def test_half_precision_stays_near_float32_and_is_taken_where_the_processor_has_it(monkeypatch):
@@ -945,8 +948,7 @@ def test_bad_input_gets_one_line(argv, hint, run, tmp_path, capsys, monkeypatch)
     monkeypatch.chdir(tmp_path)
     where = [] if argv.startswith(("train", "launch")) else ["--runs", run.parent]
     err = fails(capsys, *argv.split(), *where)
-    assert hint in err and len(err) <= 250
-    assert not (tmp_path / "runs").exists()
+    assert hint in err and len(err) <= 250 and not (tmp_path / "runs").exists()
 
 
 def test_generate_is_the_same_for_every_n_and_call(run):
@@ -993,9 +995,8 @@ def test_statistics_are_of_the_trunc_and_what_is_drawn_for_pictures():
     for trunc, drawn in ((None, 1281), (None, 1), (0.7, 1281), (0.7, 1), (None, 1)):  # the first time, 20 batches of 64
         gan.generate(G, 1, trunc)
         assert len(rendered(skip=0)[0]) == drawn
-        norm = gan.with_standing_statistics(G, trunc).blocks[0].norm1.norm
-        z = gan.sample_z(20_000, 8, trunc)
-        h = G.linear(z * (8**0.5 / z.norm(dim=1, keepdim=True)) ** 0.5).view(-1, 8, 4, 4)
+        norm, z = gan.with_standing_statistics(G, trunc).blocks[0].norm1.norm, gan.sample_z(20_000, 8, trunc)
+        h = G.linear(z * (8**0.5 / z.norm(dim=1, keepdim=True)) ** (2 / 3)).view(-1, 8, 4, 4)
         assert torch.allclose(norm.running_mean, h.mean((0, 2, 3)), atol=0.02)
         assert torch.allclose(norm.running_var, h.var((0, 2, 3)), atol=0.03)
     assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items())  # G itself stays as it was
@@ -1631,8 +1632,7 @@ def test_command_errors(argv, hint, tmp_path, folder, extractor_file, capsys):
     metrics.FeatureStats(48, {**MADE_BY, "resize": "clean"}).update(normal(60, 48, 0)).save(tmp_path / "clean.npz")
     before = sorted(tmp_path.rglob("*"))
     words = [word.format(folder=folder, tmp=tmp_path, tiny=extractor_file) for word in argv.split()]
-    assert hint in metrics_fail(capsys, *words)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert hint in metrics_fail(capsys, *words) and sorted(tmp_path.rglob("*")) == before
 
 
 def test_refusals():

@@ -61,7 +61,7 @@ class TextbookDiscriminatorBlock(gan.DiscriminatorBlock):
 
 class TextbookGenerator(gan.Generator):
     def forward(self, z, y=None):
-        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** -0.25
+        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** (-1 / 3)
         e = torch.cat([z, self.embed(y)], dim=1) if self.num_classes else z
         h = self.linear(e).view(len(z), -1, 4, 4)
         for block in self.blocks:

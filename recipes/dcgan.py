@@ -107,7 +107,7 @@ class DCGAN(gan.GAN):
         # normalise the fakes by statistics that G never meets.
         with self.autocast:
             real_logits, fake_logits = (self.D(gan.diff_augment(x, self.config.augment), y) for x in (real, fake))
-        loss = gan.LOSSES[self.config.loss][0](real_logits, fake_logits)
+        loss = gan.LOSSES[self.config.loss][0](self.logit_scale * real_logits, self.logit_scale * fake_logits)
         self.descend(self.opt_D, loss)
         self.real_logits = real_logits.detach()
         return loss.detach(), self.real_logits.mean(), fake_logits.detach().mean()

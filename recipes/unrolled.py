@@ -71,9 +71,10 @@ class Unrolled(gan.GAN):
         return group["lr"] / (mean_square.sqrt() + group["eps"])
 
     def logits(self, state, real, fake, y):
-        """Computes the logits [B] of real and of fake by D in another state."""
+        """Computes the logits [B] of real and of fake by D in another state, as the losses take them."""
         with self.autocast:
-            return functional_call(self.D, state, (torch.cat([real, fake]), y.repeat(2))).chunk(2)
+            logits = functional_call(self.D, state, (torch.cat([real, fake]), y.repeat(2)))
+            return (self.logit_scale * logits).chunk(2)
 
 
 # ---- Small plain networks, in which a collapse is easy to see
