@@ -156,7 +156,7 @@ class DiscriminatorBlock(nn.Module):
         return conv_pool(self.conv2, F.relu(h, inplace=True)).add_(self.skip(pool(x)))
 
 
-# ---- Losses to minimise: D's takes its logits of real[N] and fake[N], G's takes those of fake[N], or fake - real
+# ---- Losses to minimise: D's takes its logits of real[N] and fake[N], G's takes those of fake[N], rpgan's fake - real
 def d_bce(real, fake):
     return F.softplus(-real).mean() + F.softplus(fake).mean()  # -log sigmoid(real) - log(1 - sigmoid(fake))
 
@@ -183,7 +183,7 @@ class GAN:
         torch.manual_seed(config.seed)
         self.config, self.device, self.steps = config, torch.device(device), 0
         self.classes, self.images = [], None  # names and a hash of the images, checked on resume
-        self.logit_scale = 10 if config.loss == "rpgan" and num_classes else 1  # within a class they lie close
+        self.logit_scale = 10 if config.loss == "rpgan" and num_classes else 1  # these lie close: see bench/README.md
         nets = self.networks(config, num_classes)
         self.G, self.D = (net.to(self.device, memory_format=torch.channels_last) for net in nets)
         self.G_ema = copy.deepcopy(self.G).eval().requires_grad_(False)
@@ -249,7 +249,7 @@ class GAN:
         augmented = diff_augment(fake, self.config.augment)
         with self.autocast:
             fake_logits = self.D(augmented, y)
-        paired = self.real_logits if self.config.loss == "rpgan" else 0  # each sample with a real image of its class
+        paired = self.real_logits if self.config.loss == "rpgan" else 0  # each with a real image, of its class if any
         loss = LOSSES[self.config.loss][1](self.logit_scale * (fake_logits - paired))
         self.descend(self.opt_G, loss)
         self.D.requires_grad_(True)

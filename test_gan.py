@@ -261,8 +261,7 @@ def test_noise_is_the_truncated_normal(trunc):
     z = gan.sample_z(2000, 100, trunc, torch.Generator().manual_seed(0)).flatten().double()
     trunc = trunc or 30  # of None: as good as none
     assert z.shape == (200_000,) and z.abs().max() <= trunc
-    density = math.exp(-(trunc**2) / 2) / math.sqrt(2 * math.pi)
-    mass = math.erf(trunc / math.sqrt(2))
+    density, mass = math.exp(-(trunc**2) / 2) / math.sqrt(2 * math.pi), math.erf(trunc / math.sqrt(2))
     assert abs(z.mean()) < 0.01 and abs(z.var() - (1 - 2 * trunc * density / mass)) < 0.01
     # The whole distribution, bounds included: a pile-up anywhere would be a jump.
     cdf = (torch.erf(z.sort().values / math.sqrt(2)) / mass + 1) / 2
@@ -494,8 +493,9 @@ def test_every_loss_trains_both_networks(loss):
         assert any(not torch.equal(p, q) for p, q in zip(getattr(model, name).parameters(), old)), name
 
 
-def test_rpgan_compares_ten_times_the_logits_of_classes():
+def test_rpgan_alone_compares_ten_times_the_logits_of_classes():
     x, y = torch.ones(4, 3, 16, 16), torch.zeros(4, dtype=torch.long)  # one image, so that a mean tells each logit
+    assert {name for name in gan.LOSSES if toy(loss=name).logit_scale != 1} == {"rpgan"}
     for classes, scale in ((3, 10), (0, 1)):
         model = gan.GAN(toy(loss="rpgan").config, classes)
         model.D.eval(), setattr(model, "descend", lambda *_: None)  # D stays as it is

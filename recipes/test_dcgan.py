@@ -63,10 +63,12 @@ def test_dcgan_normalises_real_and_fake_apart():
     real, y = torch.randn(8, 3, 16, 16), torch.zeros(8, dtype=torch.long)
     logits, models = [], []
     for scale in (0.1, 3):  # the fakes do not touch what D says of the real images, in either model's first step
-        models.append(build(loss="rpgan"))
-        models[-1].update_D(real, scale * torch.randn(8, 3, 16, 16) + scale, y)
+        models.append(build(3, loss="rpgan"))
+        D, fake = build(3).D, scale * torch.randn(8, 3, 16, 16) + scale
+        loss, *_ = models[-1].update_D(real, fake, y)
+        assert abs(loss - F.softplus(10 * (D(fake, y) - D(real, y))).mean()) < 1e-5
         logits.append(models[-1].real_logits)
-    assert logits[0].equal(logits[1]) and logits[0].equal(build().D(real))
+    assert logits[0].equal(logits[1]) and logits[0].equal(build(3).D(real, y))
     assert not any(a.equal(b) for a, b in zip(*(m.D.parameters() for m in models)) if a.ndim == 4)
     before = copy.deepcopy(models[0].G.state_dict())
     models[0].update_G(real, models[0].draw(y), y)  # compares with the logits of the real images

@@ -44,9 +44,14 @@ def test_unroll_0_is_the_plain_gan(loss):
     assert not all(map(torch.equal, outcomes[0], outcomes[2]))
 
 
+HINGE = lambda real, fake: (1 - real).relu().mean() + (1 + fake).relu().mean()
+RPGAN = lambda real, fake: torch.nn.functional.softplus(10 * (fake - real)).mean()  # with classes
+
+
 @pytest.mark.parametrize("second_order", [True, False])
-def test_look_ahead_takes_the_steps_of_plain_gradient_descent(second_order):
-    model, real, y = unrolled_toy(loss="hinge", augment="none", unroll=3, second_order=second_order)
+@pytest.mark.parametrize("name, d_loss", [("hinge", HINGE), ("rpgan", RPGAN)])
+def test_look_ahead_takes_the_steps_of_plain_gradient_descent(second_order, name, d_loss):
+    model, real, y = unrolled_toy(loss=name, augment="none", unroll=3, second_order=second_order)
     before, fake = copy.deepcopy(model.D.state_dict()), model.draw(y)
     later = model.look_ahead(real, fake, y)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.D.state_dict().items())
@@ -61,7 +66,7 @@ def test_look_ahead_takes_the_steps_of_plain_gradient_descent(second_order):
     for _ in range(3):
         optimizer.zero_grad()
         logits = D(torch.cat([real, fake.detach()]), torch.cat([y, y]))
-        ((1 - logits[:8]).relu().mean() + (1 + logits[8:]).relu().mean()).backward()
+        d_loss(*logits.chunk(2)).backward()
         optimizer.step()
     assert later.keys() == D.state_dict().keys()
     for name, tensor in D.state_dict().items():

@@ -73,8 +73,7 @@ class Unrolled(gan.GAN):
     def logits(self, state, real, fake, y):
         """Computes the logits [B] of real and of fake by D in another state, as the losses take them."""
         with self.autocast:
-            logits = functional_call(self.D, state, (torch.cat([real, fake]), y.repeat(2)))
-            return (self.logit_scale * logits).chunk(2)
+            return (self.logit_scale * functional_call(self.D, state, (torch.cat([real, fake]), y.repeat(2)))).chunk(2)
 
 
 # ---- Small plain networks, in which a collapse is easy to see
