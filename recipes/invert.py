@@ -6,7 +6,7 @@ hidden ones (arXiv 1607.07539). All starts of all pictures descend in one batch;
     python recipes/invert.py --extractor digits.pt2    # of classifier.py; names the digits between two pictures
 
 Hidden pixels of 100 unseen digits, pepper, rows and square: 25.3, 25.5 and 15.1 dB; by the nearest visible pixel 17.7,
-18.3 and 8.4; fitted with the mask as if part of the picture 16.6, 14.8 and 8.3. 7.4 minutes of a core of an AMD EPYC.
+18.3 and 8.4; fitted with the mask as if part of the picture 16.6, 14.8 and 8.3. 7 minutes of a core of an AMD EPYC.
 """
 
 import sys
