@@ -618,7 +618,7 @@ def test_resume_may_change_some_options_and_the_place_of_the_images(folder, tmp_
     assert expected.items() <= json.loads((run / "config.json").read_text()).items()
     resume = ["train", "--resume", str(run)]
     assert "loss cannot change" in fails(capsys, *resume, "--loss", "wgan") and "2 steps" in fails(capsys, *resume)
-    assert "no runs ''" in fails(capsys, "train", "--resume", "")
+    assert "no runs ''" in fails(capsys, "train", "--resume", "", "--runs", tmp_path)
     data.rename(moved)
     gan.main([*resume, "--steps", "3", "--data", str(moved)])
     to_pil_image(torch.zeros(3, 16, 16, dtype=torch.uint8)).save(moved / "rose 1" / "new.png")
