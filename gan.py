@@ -452,8 +452,8 @@ def choose_classes(G, n, classes=None, seed=0):
     """Lists n classes, int64 [n]: `classes` in turn, or drawn evenly if they are None (zeros if G has no classes)."""
     if classes is None:
         return torch.randint(max(1, G.num_classes), (n,), generator=torch.Generator().manual_seed(seed))
-    if len(classes) == 0 or (wrong := set(map(str, classes)) - set(map(str, range(G.num_classes)))):
-        raise UserError(f"no class {min(wrong) if len(classes) else ''}: this generator has {G.num_classes} of them")
+    if (wrong := set(map(str, classes)) - set(map(str, range(G.num_classes)))) or len(classes) == 0:
+        raise UserError(f"no class {min(wrong, default='')}: there are {getattr(G, 'classes', 0) or G.num_classes}")
     return torch.tensor([int(classes[i % len(classes)]) for i in range(n)])
 
 
@@ -770,7 +770,7 @@ def report_damage(path, what):
     except (UserError, ImportError, MemoryError):
         raise
     except Exception as error:
-        raise UserError(f"{path} is damaged or no {what}: {type(error).__name__}: {error}")
+        raise UserError(f"{path} is damaged or no {what}: {type(error).__name__}: {str(error).partition('. ')[0]:.150}")
 
 
 def read_checkpoint(path, model=GAN):
@@ -782,7 +782,7 @@ def read_checkpoint(path, model=GAN):
             raise ValueError(f"{flipped} fails its checksum")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if unknown := content["config"].keys() - {f.name for f in fields(model.Config)}:
-            raise UserError(f"{path} is of another kind of GAN than {model.__name__}, with {', '.join(unknown)}")
+            raise UserError(f"{path} needs the program that trained it: {model.__name__} has no {', '.join(unknown)}")
         content["config"] = resolve(model.Config(**content["config"]))
         steps, classes = content["steps"], content["classes"]
         if type(steps) is not int or steps < 0 or not all(Path(name).name == name != ".." for name in classes):
@@ -808,7 +808,7 @@ def find_run(name, runs="runs"):
     found = [path.parent for path in Path(runs).glob("*/checkpoint.pt") if path.parent.name.startswith(name or "")]
     found.sort(key=lambda run: (run.name == name, (run / "checkpoint.pt").stat().st_mtime))
     if not found or name == "" or (name and len(found) > 1 and found[-1].name != name):
-        raise UserError(f"{len(found) or 'no'} runs {name!r} in {runs}: name one, or say where it is with --runs")
+        raise UserError(f"{len(found) or 'no'} runs{f' {name!r}' if name else ''} in {runs}: name one, or give --runs")
     return found[-1]
 
 
@@ -1071,7 +1071,7 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
             some = torch.cat(list(itertools.islice(samples, 128)))
             scores, row["notes"] = {"SWD": metrics.sliced_wasserstein(images, some)}, notes
         shown = [f"{name} {value:.3f}" for name, value in scores.items()] + ["FID -  IS -"] * (network is None)
-        say("  ".join([f"trunc {trunc}  n {facts['n']}", *shown]))
+        say("  ".join([f"trunc {trunc or 'none'}  n {facts['n']}", *shown]))
         new.append(row | scores)
         kept = [other for other in earlier() if any(other.get(key) != row[key] for key in ("trunc", *facts))]
         with whole_file(file) as out:
@@ -1106,11 +1106,12 @@ def sample_command(args, model):
     if out.suffix not in ([".png", *films] if args.interpolate else [".png", ".npz"] + [""] * (not out.exists())):
         raise UserError(f"--out {out}: give a .png, an .npz or a new folder; with --interpolate a .png, .gif or .webp")
     G, _ = load_generator(find_run(args.run, args.runs), join(args.device), args.trunc, model)
-    classes = [G.classes.index(c) if c in G.classes else c for c in args.classes]
+    classes = [G.classes.index(c) if c in G.classes else c for c in map(str.strip, args.classes)]
     if args.interpolate:
         walks = interpolate(G, args.trunc, classes or None, columns=32 if out.suffix in films else 10, seed=args.seed)
         there = [tile(at_once, 4) for at_once in walks.unbind(1)]  # and back
-        return write_picture(out, *(there + there[-2:0:-1] if out.suffix in films else [tile(walks.flatten(0, 1))]))
+        write_picture(out, *(there + there[-2:0:-1] if out.suffix in films else [tile(walks.flatten(0, 1))]))
+        return say(f"wrote {out}")
     classes = classes or list(range(min(G.num_classes, 50 if out.suffix == ".png" and not args.n else G.num_classes)))
     n = args.n or 10 * len(classes) or 80
     labels = choose_classes(G, n, [classes[i * len(classes) // n] for i in range(n)]).tolist() if classes else None
@@ -1182,7 +1183,7 @@ def main(argv=None, model=GAN):
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
-        message = str(error).partition("\n")[0]
+        message = str(error).replace("\n", " ")
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in message:
             message = "out of memory; try a smaller --batch, --width, --size or --n"
         elif not isinstance(error, (OSError, ImportError)) and type(error).__name__ != "UserError":  # ours or metrics'
@@ -1207,7 +1208,7 @@ def draw_class(c, n, size):
     """Draws n flowers of class c, uint8 [n,3,size,size]. Coordinates run from -1 to 1, y downwards."""
     rng = np.random.default_rng([17, c])
     grid = np.linspace(-1 + 1 / size, 1 - 1 / size, size, dtype=np.float32)
-    x, y = grid[None, None, :], grid[None, :, None]  # [1,1,W], [1,H,1]
+    x, y = (plane[None] for plane in np.meshgrid(grid, grid))  # [1,H,W] each
     vary = lambda low, high: rng.uniform(low, high, (n, 1, 1)).astype(np.float32)  # noqa: E731
 
     def rgb(hue, saturation, value):  # [n,1,1] each -> [n,1,1,3]
@@ -1227,7 +1228,6 @@ def draw_class(c, n, size):
     bend, shade = vary(-0.2, 0.2), vary(0.8, 1.1)
     petal_colour = rgb(hue + vary(-0.025, 0.025), vivid, bright * shade)
     canvas = rgb(ground[0] + vary(-0.03, 0.03), ground[1], ground[2] * vary(0.85, 1.05)) * (1 - 0.2 * y[..., None])
-    canvas = np.repeat(canvas, size, axis=2)
     stem = np.minimum(0.06 - np.abs(x - cx - bend * (y - cy) ** 2), y - cy)
     paint(rgb(vary(0.3, 0.33), 0.7, vary(0.4, 0.5)), np.ones_like(stem), stem)
     for angle in (turn + 2 * np.pi * k / petals for k in range(petals)):

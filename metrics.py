@@ -249,6 +249,8 @@ def notes(real, fake):
         )
     if few <= NEIGHBOUR:
         lines.append(f"precision, recall, density and coverage take neighbour {few - 1}, not {NEIGHBOUR}")
+    if real.size and fake.size and real.size != fake.size:
+        lines.append(f"the first images are {real.size} and {fake.size} pixels: part of a distance may be the size")
     if not (real.stats.made_by and fake.stats.made_by):
         lines.append("some statistics do not say what made them: check that it was the same network and resize mode")
     return lines
@@ -431,10 +433,11 @@ class PredictionStats:
 
 
 class Summary:
-    """What the scores need of n images. predictions: None without logits. features [n,d] float32, None if not kept."""
+    """What the scores need of n images. predictions: None without logits. features [n,d] float32, None if not kept.
+    size: "width x height" of the first image, None if unknown."""
 
-    def __init__(self, stats, predictions=None, features=None):
-        self.stats, self.predictions, self.features, self.n = stats, predictions, features, stats.n
+    def __init__(self, stats, predictions=None, features=None, size=None):
+        self.stats, self.predictions, self.features, self.size, self.n = stats, predictions, features, size, stats.n
 
 
 def measure(extractor, images, keep=True, progress=None):
@@ -448,7 +451,7 @@ def measure(extractor, images, keep=True, progress=None):
     for batch in batches(images, extractor.batch):
         features, logits = (x if x is None else x.cpu() for x in extractor(batch))
         if stats is None:
-            stats = FeatureStats(features.shape[1], extractor.made_by)
+            stats, size = FeatureStats(features.shape[1], extractor.made_by), "{3} x {2}".format(*batch.shape)
             predictions = None if logits is None else PredictionStats(logits.shape[1])
         stats.update(features)
         if predictions:
@@ -461,7 +464,7 @@ def measure(extractor, images, keep=True, progress=None):
         raise UserError("no image could be read")
     if progress and not sized:
         progress(done, done)
-    return Summary(stats, predictions, torch.cat(kept) if keep else None)
+    return Summary(stats, predictions, torch.cat(kept) if keep else None, size)
 
 
 def batches(images, size):
@@ -486,18 +489,18 @@ def as_images(x, name="images"):
 def measure_cached(extractor, images, folder, progress=None):
     """The Summary of uint8 images [N,C,H,W], without predictions; keeps features in the folder under a hash of both."""
     images = as_images(images)
-    content = hashlib.sha256(images.contiguous().numpy()).hexdigest()
+    content, size = hashlib.sha256(images.contiguous().numpy()).hexdigest(), "{3} x {2}".format(*images.shape)
     key = hashlib.sha256(os.fsencode(f"{list(images.shape)} {content} {extractor.made_by}")).hexdigest()[:32]
     file = Path(folder) / f"features-{key}.npz"
     with contextlib.suppress(UserError), one_sentence("no cache"):
         features = torch.from_numpy(read_arrays(file, ["features"])["features"])
         if len(features) == len(images):
-            return Summary(FeatureStats(features.shape[1], extractor.made_by).update(features), features=features)
+            return Summary(FeatureStats(features.shape[1], extractor.made_by).update(features), None, features, size)
     summary = measure(extractor, images, progress=progress)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
         file.parent.mkdir(parents=True, exist_ok=True)
         save_npz(file, {"features": summary.features})
-    return Summary(summary.stats, features=summary.features)
+    return Summary(summary.stats, None, summary.features, size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,7 +523,7 @@ def load_extractor(spec, device="cpu", resize=None, dtype="float32"):
     if spec == "inception":
         url, kind = Inception_V3_Weights.IMAGENET1K_V1.url, WeightsMissing
         path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-        hint = f"put {path.name} into {path.parent} or give another --extractor"
+        hint = f"put {path.name} into {path.parent} or give --extractor"
         with one_sentence(f"no Inception weights ({hint})", kind):
             if str(path).startswith("~"):
                 raise OSError("no home directory: set TORCH_HOME")
@@ -788,18 +791,22 @@ def save_npz(path, arrays):
         with open(temporary, "xb") as file:
             np.savez(file, **arrays)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # not the temporary name; and a full disk gives none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def one_sentence(start, kind=UserError):
-    """Turns any failure into one UserError: `start: the first line of the failure`."""
+    """Turns any failure into one UserError: `start: the first sentence of the failure`."""
     try:
         yield
     except Exception as error:  # the readers of NumPy and torch raise errors of every kind
-        name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        raise kind(f"{start}: {name}{(str(error).splitlines() or [''])[0]}") from error
+        name = "" if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: "
+        cause = (str(error).splitlines() or [""])[0].partition(". ")[0]  # what follows is advice, such as to unpickle
+        raise kind(f"{start}: {name}{cause}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -887,7 +894,7 @@ def run(args):
             summaries[side] = measure(extractor, sets[side], keep, show_progress(f"{extractor.name} on {paths[side]}"))
     if args.out:
         summaries["real"].stats.save(args.out)
-    scores, lines, result, made_by, sizes = {}, [], {}, {}, []
+    scores, lines, result, made_by = {}, [], {}, {}
     if args.fake and summaries:
         chosen = None if args.metrics is None else [name for name in names if name != "swd"]
         scores, lines = compare(**summaries, names=chosen), notes(**summaries)
@@ -899,8 +906,6 @@ def run(args):
 
     for side, path in paths.items():
         images, summary = sets[side], summaries.get(side)
-        if not isinstance(images, FeatureStats):
-            sizes.append("{3} x {2}".format(*next(batches(images, 1)).shape))
         if skipped := sorted(getattr(images, "skipped", {}).items()):
             some = ", ".join(f"{file} ({why})" for file, why in skipped[:3]) + ", ..." * bool(skipped[3:])
             lines.append(f"{path}: skipped {len(skipped)} files that are no images: {some}")
@@ -908,8 +913,6 @@ def run(args):
             lines.append(f"{path}: the images are dark, from 0 to {images.brightest} of 255: 12-bit data in 16 bits?")
         result |= {side: path, f"n_{side}": summary.n if summary else len(images)}
         made_by |= summary.stats.made_by if summary else {}
-    if len(set(sizes)) > 1:
-        lines.append(f"the first images are {' and '.join(sizes)} pixels: part of a distance may be the size")
     return result | made_by | {"notes": lines, "scores": scores, "saved": args.out}
 
 
