@@ -93,8 +93,11 @@ def main():
             print(f"seed {seed}: FD {numbers(done[seed])[0]:.1f}", file=sys.stderr, flush=True)
         return numbers(done[seed])
 
-    with ThreadPoolExecutor(args.jobs) as jobs:
-        rows = list(jobs.map(once, range(args.seeds)))
+    try:
+        with ThreadPoolExecutor(args.jobs) as jobs:
+            rows = list(jobs.map(once, range(args.seeds)))
+    except SystemExit as error:  # of a run, with its message
+        parser.exit(2, f"{error.code}\n")
     heads = [score if trunc is None else f"{score} at {trunc}" for trunc, score, _ in COLUMNS]
     print(f"`{' '.join(key['flags'])}`, scores by {Path(args.extractor).stem}\n")
     print(f"| seed | {' | '.join(heads)} |\n|{' ---: |' * (len(heads) + 1)}")
