@@ -808,7 +808,7 @@ def find_run(name, runs="runs"):
     found = [path.parent for path in Path(runs).glob("*/checkpoint.pt") if path.parent.name.startswith(name or "")]
     found.sort(key=lambda run: (run.name == name, (run / "checkpoint.pt").stat().st_mtime))
     if not found or name == "" or (name and len(found) > 1 and found[-1].name != name):
-        raise UserError(f"{len(found) or 'no'} runs{'' if name is None else f' {name!r}'} in {runs}: name one, or give --runs")
+        raise UserError(f"{len(found) or 'no'} runs{f' {name!r}' * (name is not None)} in {runs}: name one; see --runs")
     return found[-1]
 
 
