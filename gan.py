@@ -56,7 +56,7 @@ class UserError(ValueError):
 # ---- Networks
 class Generator(nn.Module):
     """Maps noise and class to images: z[N,z_dim], y[N] int64 or None -> [N,channels,size,size] float32 in [-1,1].
-    z, scaled to the cube root of its rms, and the class embedding feed the first layer and every adaptive norm."""
+    z (its rms taken to the power 0.4) and the class embedding feed the first layer and every adaptive norm."""
 
     def __init__(self, size=64, channels=3, width=32, max_width=512, z_dim=128, num_classes=0):
         super().__init__()
@@ -66,6 +66,7 @@ class Generator(nn.Module):
         e_dim = 2 * z_dim if num_classes else z_dim
         self.linear = nn.Linear(e_dim, widths[0] * 4 * 4)
         self.blocks = nn.ModuleList(GeneratorBlock(a, b, e_dim) for a, b in itertools.pairwise(widths))
+        self.attention = Attention(widths[2]) if num_classes else nn.Identity()  # at 16 px; untried without classes
         self.norm = nn.BatchNorm2d(widths[-1])
         self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1)
         orthogonal_init(self)
@@ -74,11 +75,12 @@ class Generator(nn.Module):
             layer.weight.data *= 0.1
 
     def forward(self, z, y=None):
-        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** (-1 / 3)  # truncated z, which are short, vary less
+        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** -0.3  # truncated z, which are short, vary less
         e = torch.cat([z, self.embed(y)], dim=1) if self.num_classes else z
         h = self.linear(e).unflatten(1, (-1, 4, 4)).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             h = block(h, e)
+            h = self.attention(h) if h.shape[2] == 16 else h
         return torch.tanh(self.conv(F.relu(self.norm(h))).float())
 
 
@@ -112,9 +114,24 @@ class AdaptiveBatchNorm(nn.Module):
         return torch.addcmul(bias, self.norm(h), 1 + gain)
 
 
+class Attention(nn.Module):
+    """Adds to each pixel of x[N,C,H,W] a mean over the image, by likeness (arXiv 1805.08318); none of it at first."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(c, d, bias=False) for d in (max(1, c // 4), max(1, c // 4), c))
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        pixels, means = (h.flatten(2).mT for h in (x, pool(x)))  # [N,HW,C], [N,HW/4,C]
+        shares = (self.query(pixels) @ self.key(means).mT).softmax(dim=2)  # [N,HW,HW/4]
+        return x + (shares @ (self.gain * self.value(means))).mT.unflatten(2, x.shape[2:])
+
+
 class Discriminator(nn.Module):
     """Maps images and class to raw logits: x[N,channels,size,size] in [-1,1], y[N] int64 or None -> [N] float32. Every
-    layer has spectral norm. With classes the logit is linear(phi(x)) + <phi(x), embed(y)> (arXiv 1802.05637)."""
+    layer has spectral norm. With classes the logit is linear(phi(x)) + <phi(x), embed(y)> (arXiv 1802.05637), with a
+    term for the distance to the neighbour in the batch, mostly of the same class, so that G varies (1710.10196)."""
 
     def __init__(self, size=64, channels=3, width=32, max_width=512, num_classes=0):
         super().__init__()
@@ -124,6 +141,7 @@ class Discriminator(nn.Module):
         self.blocks = nn.ModuleList(DiscriminatorBlock(a, b) for a, b in itertools.pairwise(widths))
         self.linear = nn.Linear(widths[-1], 1)
         self.embed = nn.Embedding(num_classes, widths[-1]) if num_classes else None
+        self.distance = nn.Linear(widths[-1], 1) if num_classes else None
         for layer in orthogonal_init(self):
             layer.weight.data *= 0.3  # spectral norm cancels the scale, so again smaller weights learn faster
             nn.utils.parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
@@ -138,8 +156,11 @@ class Discriminator(nn.Module):
     def forward(self, x, y=None):
         phi = self.features(x)
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.linear(phi).squeeze(1)
-            return logits + (phi * self.embed(y)).sum(dim=1) if self.num_classes else logits
+            if not self.num_classes:
+                return self.linear(phi).squeeze(1)
+            other = phi[(torch.arange(len(x), device=x.device) ^ 1).clamp(max=len(x) - 1)]  # 1, 0, 3, 2, ...
+            logits = self.linear(phi) + self.distance((phi - other).abs() / 2)  # [N,1]; half is a pair's deviation
+            return logits.squeeze(1) + (phi * self.embed(y)).sum(dim=1)
 
 
 class DiscriminatorBlock(nn.Module):
@@ -157,12 +178,9 @@ class DiscriminatorBlock(nn.Module):
 
 
 # ---- Losses to minimise: D's takes its logits of real[N] and fake[N], G's takes those of fake[N], rpgan's fake - real
-def d_bce(real, fake):
-    return F.softplus(-real).mean() + F.softplus(fake).mean()  # -log sigmoid(real) - log(1 - sigmoid(fake))
-
-
+d_bce = lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean()  # noqa: E731
 LOSSES = {  # name: (loss of D, loss of G), from arXiv 1406.2661, 1705.02894, 1611.04076, 1701.07875 and 1807.00734
-    "ns": (d_bce, lambda fake: F.softplus(-fake).mean()),  # -log sigmoid(fake)
+    "ns": (d_bce, lambda fake: F.softplus(-fake).mean()),  # softplus(-x) is -log sigmoid(x)
     "minimax": (d_bce, lambda fake: -F.softplus(fake).mean()),  # log(1 - sigmoid(fake)), which saturates
     "hinge": (lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(), lambda fake: -fake.mean()),
     "lsgan": (lambda real, fake: ((real - 1) ** 2 + fake**2).mean() / 2, lambda fake: ((fake - 1) ** 2).mean() / 2),
@@ -181,8 +199,7 @@ class GAN:
 
     def __init__(self, config, num_classes=0, device="cpu"):
         torch.manual_seed(config.seed)
-        self.config, self.device, self.steps = config, torch.device(device), 0
-        self.classes, self.images = [], None  # names and a hash of the images, checked on resume
+        self.config, self.device, self.steps, self.classes, self.images = config, torch.device(device), 0, [], None
         self.logit_scale = 10 if config.loss == "rpgan" and num_classes else 1  # these lie close: see bench/README.md
         nets = self.networks(config, num_classes)
         self.G, self.D = (net.to(self.device, memory_format=torch.channels_last) for net in nets)
@@ -208,13 +225,10 @@ class GAN:
         return G, D
 
     def train_step(self, data):
-        """Runs config.d_steps updates of D and config.g_steps of G on data, an iterator such as `batches`.
-
-        Returns float32 [4] on the device, without waiting for it: both losses, then D's mean logits of real and fake.
-        """
+        """Runs config.d_steps updates of D and config.g_steps of G on data, an iterator such as `batches`. Returns
+        float32 [4] on the device, without waiting for it: both losses, then D's mean logits of real and fake."""
         c = self.config
-        # A step's noise follows from its number: a resumed run draws what it would have drawn without the break.
-        torch.manual_seed(c.seed * 1_000_003 + self.steps)
+        torch.manual_seed(c.seed * 1_000_003 + self.steps)  # noise that follows from the step, so that runs can resume
         for i in range(c.d_steps):
             real, y = next(data)
             with torch.set_grad_enabled(i == c.d_steps - 1):  # only the last samples are used again, for G
@@ -299,9 +313,6 @@ class GAN:
 
 
 # ---- Parts of the networks
-SIZES = (16, 32, 64, 128, 256, 512)
-
-
 def channel_widths(size, width, max_width):
     """Lists the channels at size, size/2, ..., 4 pixels: doubled at every halving, up to max_width."""
     if size not in SIZES:
@@ -314,7 +325,7 @@ def orthogonal_init(net):
     layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))]
     for layer in layers:
         nn.init.orthogonal_(layer.weight)
-        if not isinstance(layer, nn.Embedding):
+        if getattr(layer, "bias", None) is not None:
             nn.init.zeros_(layer.bias)
     return layers
 
@@ -328,22 +339,15 @@ class SpectralNorm(nn.Module):
         self.register_buffer("u", F.normalize(torch.randn(weight.shape[0]), dim=0))
         self.register_buffer("v", F.normalize(torch.randn(weight[0].numel()), dim=0))
         for _ in range(15):
-            self.iterate(self.matrix(weight.detach()))
-
-    @staticmethod
-    def matrix(weight):
-        return weight.movedim(1, -1).flatten(1)  # the order of channels_last, so that nothing is copied
-
-    @torch.no_grad()
-    def iterate(self, matrix):
-        self.v.copy_(F.normalize(matrix.T.mv(self.u), dim=0))
-        self.u.copy_(F.normalize(matrix.mv(self.v), dim=0))
+            self(weight.detach())
 
     def forward(self, weight):
         with torch.autocast(weight.device.type, enabled=False):
-            matrix = self.matrix(weight)
+            matrix = weight.movedim(1, -1).flatten(1)  # the order of channels_last, so that nothing is copied
             if self.training:
-                self.iterate(matrix)
+                with torch.no_grad():
+                    self.v.copy_(F.normalize(matrix.T.mv(self.u), dim=0))
+                    self.u.copy_(F.normalize(matrix.mv(self.v), dim=0))
             # Clones, since a second forward pass may move u and v before the backward pass of the first.
             return weight / self.u.clone().dot(matrix.mv(self.v.clone()))
 
@@ -408,8 +412,7 @@ def augment_color(x):
 def distances(x, low, high):
     """Draws a row and a column in [low, high) for each of x[N,C,S,S]; returns all rows' and columns' distances [N,S]"""
     pixels = torch.arange(x.shape[2], device=x.device)
-    draws = [local_rows(lambda n: torch.randint(low, high, (n, 1), device=x.device), len(x)) for _ in range(2)]
-    return pixels - draws[0], pixels - draws[1]
+    return [pixels - local_rows(lambda n: torch.randint(low, high, (n, 1), device=x.device), len(x)) for _ in range(2)]
 
 
 def augment_translation(x):
@@ -535,6 +538,7 @@ def tile(images, columns=10):
 
 
 # ---- Data
+SIZES = (16, 32, 64, 128, 256, 512)  # what the networks can draw
 GRAY = ("mnist", "fashion", "usps")  # one channel, and not to be mirrored: digits would change
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "usps": "USPS", "cifar10": "CIFAR10"}
 DATASETS = ("synthetic", *TORCHVISION)
@@ -650,8 +654,8 @@ def cache_folder():
 
 
 def batches(images, labels, config, device, start=0):
-    """Yields (x[B,C,H,W] in [-1,1], y[B]) on the device, from batch number `start` on, without end. The last,
-    incomplete batch of an epoch is dropped; each process takes its share."""
+    """Yields (x[B,C,H,W] in [-1,1], y[B]) on the device, from batch number `start` on, without end; with config.cond,
+    sorted by class. The last, incomplete batch of an epoch is dropped; each process takes its share."""
     per_epoch, order = len(images) // config.batch, None
     if device.type != "cuda" or images.numel() < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
@@ -660,7 +664,8 @@ def batches(images, labels, config, device, start=0):
         if order is None or i == 0:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)  # alone, so that runs can resume
             order = torch.randperm(len(images), generator=generator).to(images.device)
-        index = order[i * config.batch : (i + 1) * config.batch].chunk(n_ranks())[rank()]
+        index = order[i * config.batch : (i + 1) * config.batch]
+        index = (index[labels[index].argsort(stable=True)] if config.cond else index).chunk(n_ranks())[rank()]
         x = to_float(images[index].to(device, non_blocking=True))
         if config.flip:
             draws = local_rows(lambda n: torch.rand(n, 1, 1, 1, device=device), len(x))
@@ -694,7 +699,7 @@ class Config:
     gain_scale: float = option(0.1, "first scale of the norms' gains without classes; 1: varied, or smears", positive)
     epochs: float | None = option(None, "passes over the data (150; synthetic 75)", positive)
     steps: int | None = option(None, "training steps, instead of epochs", positive)
-    batch: int = option(64, "images a step, over all processes; at least 2", lambda n: 2 <= n < 1e9)
+    batch: int = option(64, "images a step, of all processes; 2 or more, in pairs with --cond", lambda n: 2 <= n < 1e9)
     lr_G: float = option(4e-4, "Adam's learning rate of the generator", positive)
     lr_D: float = option(4e-4, "Adam's learning rate of the discriminator", positive)
     beta1: float = option(0.0, "Adam's first beta, in [0, 1)", share)
@@ -726,8 +731,6 @@ def resolve(config):
         value, valid = getattr(config, f.name), f.metadata.get("valid")
         if value is not None and valid and not (valid(value) if callable(valid) else value in valid):
             raise UserError(f"{f.name} cannot be {value!r}: {f.metadata['help']}")
-    if config.batch % n_ranks():
-        raise UserError(f"--batch must be a multiple of {n_ranks()}, the number of processes")
     data = config.data if config.data in DATASETS else str(Path(config.data).expanduser().absolute())
     size, epochs = (32, 75) if data == "synthetic" else (64, 150)
     filled = {"size": size, "epochs": epochs, "channels": 1 if data in GRAY else 3, "flip": data not in GRAY}
@@ -793,12 +796,11 @@ def read_checkpoint(path, model=GAN):
 def load_generator(run, device="cpu", trunc=None, model=GAN):
     """Loads a run's (averaged G in eval mode, with the statistics for trunc, G.classes and G.steps; Config)."""
     content = read_checkpoint(run, model)
-    with report_damage(run, "checkpoint of gan.py"):
+    with report_damage(run, "checkpoint of this version of gan.py"):
         G, _ = model.networks(content["config"], len(content["classes"]))
-        G.load_state_dict(content["G_ema"])
+        G.requires_grad_(False).load_state_dict(content["G_ema"])
     G.classes, G.steps = content["classes"], content["steps"]
-    G = G.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    return with_standing_statistics(G, trunc), content["config"]
+    return with_standing_statistics(G.to(device, memory_format=torch.channels_last), trunc), content["config"]
 
 
 def find_run(name, runs="runs"):
@@ -822,6 +824,8 @@ def train(config, resume=None, model=GAN, new_images=False):
     images, labels, classes = load_images(config.data, config.size, config.channels, config.data_dir)
     if len(images) < config.batch:
         raise UserError(f"--batch {config.batch} is more than the {len(images)} images of {config.data}")
+    if config.batch % (parts := n_ranks() * (1 + config.cond)):
+        raise UserError(f"--batch must be a multiple of {parts}, the processes{', twice for --cond' * config.cond}")
     if config.cond and len(classes) < 2:
         raise UserError(f"--cond needs two sub-folders, without images beside them; {config.data} has {len(classes)}")
     if config.augment == "auto":  # rpgan with classes learns better without color: see bench/README.md
@@ -852,7 +856,7 @@ def train(config, resume=None, model=GAN, new_images=False):
     if gan.steps >= steps:
         raise UserError(f"{run} has trained its {gan.steps} steps; --steps or --epochs can ask for more")
     if rank() == 0:  # a picture of the images as D sees them, which shows most faults of data at once
-        x, _ = next(batches(images, labels, config, torch.device("cpu")))
+        x, _ = next(batches(images, labels, replace(config, cond=False), torch.device("cpu")))
         write_picture(run / "real.png", tile(to_uint8(diff_augment(x[:80], config.augment).clamp(-1, 1))))
     data = batches(images, labels, config, device, start=gan.steps * config.d_steps)
     history, first, began, saved, stopped = [], gan.steps, time.monotonic(), time.monotonic(), False
@@ -1143,9 +1147,8 @@ def truncation(text):
 
 def make_parser(model):
     parser = Parser(prog=Path(sys.argv[0]).name, description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(metavar="train | eval | sample", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="train | eval | sample", required=True)
     p = commands.add_parser("train", help="train on a folder of images or a named data set", allow_abbrev=False)
-    p.set_defaults(command=train_command)
     p.add_argument("--resume", metavar="RUN", help="go on with a run")
     for f in fields(model.Config):  # absent unless given, so that --resume can tell what was asked for
         kind = (get_args(f.type) or (f.type,))[0]  # int | None -> int
@@ -1159,13 +1162,11 @@ def make_parser(model):
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
     common.add_argument("--seed", type=whole_number, default=0, help="seed of the noise (0)")
     p = commands.add_parser("eval", help="score a run", parents=[common], allow_abbrev=False)
-    p.set_defaults(command=eval_command)
     p.add_argument("--n", type=lambda n: whole_number(n, 2, 10**7), help="samples (as many as images)")
     p.add_argument("--trunc", type=truncation, nargs="+", default=[None], help="bounds of |z|, or none (none)")
     p.add_argument("--data", help="where the training images lie now (where they lay at training)")
     p.add_argument("--extractor", default="inception", help="inception, a weights file or a .pt2 program (inception)")
     p = commands.add_parser("sample", help="write samples of a run", parents=[common], allow_abbrev=False)
-    p.set_defaults(command=sample_command)
     p.add_argument("--n", type=lambda n: whole_number(n, 1, 10**7), help="samples (10 a class; without classes 80)")
     p.add_argument("--trunc", type=truncation, help="bound of |z| (none)")
     p.add_argument("--classes", type=lambda text: text.split(","), default=[], help="names or numbers, as in 3,5 (all)")
@@ -1176,14 +1177,13 @@ def make_parser(model):
 
 def main(argv=None, model=GAN):
     """Runs a command line. Bad input ends with one line and status 2, Ctrl-C with 130."""
-    args, status, message = make_parser(model).parse_args(argv), 2, ""
+    args, status, message = make_parser(model).parse_args(argv), 0, ""
     try:
-        args.command(args, model)
-        status = 0
+        {"train": train_command, "eval": eval_command, "sample": sample_command}[args.command](args, model)
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
-        message = str(error).replace("\n", " ")
+        status, message = 2, str(error).replace("\n", " ")
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in message:
             message = "out of memory; try a smaller --batch, --width, --size or --n"
         elif not isinstance(error, (OSError, ImportError)) and type(error).__name__ != "UserError":  # ours or metrics'

@@ -61,11 +61,12 @@ class TextbookDiscriminatorBlock(gan.DiscriminatorBlock):
 
 class TextbookGenerator(gan.Generator):
     def forward(self, z, y=None):
-        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** (-1 / 3)
+        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** -0.3
         e = torch.cat([z, self.embed(y)], dim=1) if self.num_classes else z
         h = self.linear(e).view(len(z), -1, 4, 4)
         for block in self.blocks:
             h = block(h, e)
+            h = self.attention(h) if h.shape[2] == 16 else h
         return torch.tanh(self.conv(F.relu(self.norm(h))))
 
 
@@ -77,10 +78,22 @@ class TextbookDiscriminator(gan.Discriminator):
         return F.relu(h).sum(dim=(2, 3))
 
 
+class TextbookAttention(gan.Attention):
+    def forward(self, x):
+        query, key, value = (F.conv2d(x, layer.weight[:, :, None, None]) for layer in self.children())
+        key, value = (F.avg_pool2d(h, 2).flatten(2) for h in (key, value))
+        shares = torch.softmax(query.flatten(2).transpose(1, 2) @ key, dim=2)
+        return x + self.gain * (value @ shares.transpose(1, 2)).view(x.shape)
+
+
 class TextbookSpectralNorm(gan.SpectralNorm):
-    @staticmethod
-    def matrix(weight):
-        return weight.flatten(1)
+    def forward(self, weight):
+        matrix = weight.flatten(1)
+        if self.training:
+            with torch.no_grad():
+                self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
+                self.u.copy_(F.normalize(matrix @ self.v, dim=0))
+        return weight / (self.u.clone() @ matrix @ self.v.clone())
 
 
 TEXTBOOK = {
@@ -90,6 +103,7 @@ TEXTBOOK = {
     gan.GeneratorBlock: TextbookGeneratorBlock,
     gan.DiscriminatorBlock: TextbookDiscriminatorBlock,
     gan.AdaptiveBatchNorm: TextbookNorm,
+    gan.Attention: TextbookAttention,
 }
 
 
