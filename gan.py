@@ -115,7 +115,7 @@ class AdaptiveBatchNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Adds to each pixel of x[N,C,H,W] a mean over the image, by likeness (arXiv 1805.08318); none of it at first."""
+    """Self-attention (arXiv 1805.08318): adds to each pixel of x[N,C,H,W] a weighted mean of values, at first zero."""
 
     def __init__(self, c):
         super().__init__()
@@ -130,8 +130,8 @@ class Attention(nn.Module):
 
 class Discriminator(nn.Module):
     """Maps images and class to raw logits: x[N,channels,size,size] in [-1,1], y[N] int64 or None -> [N] float32. Every
-    layer has spectral norm. With classes the logit is linear(phi(x)) + <phi(x), embed(y)> (arXiv 1802.05637), with a
-    term for the distance to the neighbour in the batch, mostly of the same class, so that G varies (1710.10196)."""
+    layer has spectral norm. With classes the logit is linear(phi(x)) + <phi(x), embed(y)> (arXiv 1802.05637), plus a
+    linear term of |phi(x) - phi(neighbour in the batch)|, which shows D a G that draws one image twice (1710.10196)."""
 
     def __init__(self, size=64, channels=3, width=32, max_width=512, num_classes=0):
         super().__init__()
@@ -655,7 +655,7 @@ def cache_folder():
 
 def batches(images, labels, config, device, start=0):
     """Yields (x[B,C,H,W] in [-1,1], y[B]) on the device, from batch number `start` on, without end; with config.cond,
-    sorted by class. The last, incomplete batch of an epoch is dropped; each process takes its share."""
+    each sorted by class. The last, incomplete batch of an epoch is dropped; each process takes its share."""
     per_epoch, order = len(images) // config.batch, None
     if device.type != "cuda" or images.numel() < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
@@ -699,7 +699,7 @@ class Config:
     gain_scale: float = option(0.1, "first scale of the norms' gains without classes; 1: varied, or smears", positive)
     epochs: float | None = option(None, "passes over the data (150; synthetic 75)", positive)
     steps: int | None = option(None, "training steps, instead of epochs", positive)
-    batch: int = option(64, "images a step, of all processes; 2 or more, in pairs with --cond", lambda n: 2 <= n < 1e9)
+    batch: int = option(64, "images a step, over all processes; at least 2; even if --cond", lambda n: 2 <= n < 1e9)
     lr_G: float = option(4e-4, "Adam's learning rate of the generator", positive)
     lr_D: float = option(4e-4, "Adam's learning rate of the discriminator", positive)
     beta1: float = option(0.0, "Adam's first beta, in [0, 1)", share)
@@ -825,7 +825,7 @@ def train(config, resume=None, model=GAN, new_images=False):
     if len(images) < config.batch:
         raise UserError(f"--batch {config.batch} is more than the {len(images)} images of {config.data}")
     if config.batch % (parts := n_ranks() * (1 + config.cond)):
-        raise UserError(f"--batch must be a multiple of {parts}, the processes{', twice for --cond' * config.cond}")
+        raise UserError(f"--batch must be a multiple of {parts}, {'twice ' * config.cond}the number of processes")
     if config.cond and len(classes) < 2:
         raise UserError(f"--cond needs two sub-folders, without images beside them; {config.data} has {len(classes)}")
     if config.augment == "auto":  # rpgan with classes learns better without color: see bench/README.md
