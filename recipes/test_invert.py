@@ -93,9 +93,9 @@ def test_walk_goes_from_one_sample_to_the_other(run):
     G, _ = gan.load_generator(run)
     z = gan.sample_z(2, G.z_dim, generator=torch.Generator().manual_seed(1))
     y = torch.tensor([0, 2]) % max(1, G.num_classes)
-    steps = invert.walk(G, z, y, columns=50)
+    steps = invert.walk(G, z, y, columns=100)
     assert torch.allclose(steps[[0, -1]], G(z, y), atol=1e-4)
-    assert (steps[1:] - steps[:-1]).abs().max() < (steps.amax(0) - steps.amin(0)).max() / 4  # of the whole swing
+    assert (steps[1:] - steps[:-1]).abs().max() < (steps[0] - steps[-1]).abs().max() / 4
 
 
 def test_command_line(run, tmp_path, capsys):
