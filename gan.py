@@ -48,6 +48,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from torchvision.utils import make_grid
 
 __version__ = "0.9"
+FORMAT = 2  # of checkpoints: the networks, their names and what lies beside them
 
 
 class UserError(ValueError):
@@ -303,6 +304,7 @@ class GAN:
         content = {name: getattr(self, name).state_dict() for name in self.PARTS}
         if not all(t.isfinite().all() for t in tree_leaves(content) if torch.is_tensor(t)):
             raise UserError(f"the state at step {self.steps} is not finite: try lower --lr-G and --lr-D, or --amp off")
+        content["format"] = FORMAT
         content["version"] = __version__
         content["config"] = asdict(self.config)
         content["steps"] = self.steps
@@ -786,7 +788,7 @@ def decode(folder, files, size, channels):
                 kept.append(i)
     if not kept:
         raise UserError(f"no images of {', '.join(FORMATS)} among {len(files)} files: {', '.join(skipped[:2])}")
-    return images[: len(kept)].clone(), kept, skipped
+    return images[: len(kept)].clone() if skipped else images, kept, skipped
 
 
 def fit(images, size, channels):
@@ -1000,9 +1002,8 @@ def read_checkpoint(path, model=GAN):
         if flipped:
             raise ValueError(f"{flipped} fails its checksum")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        version = content.get("version", "before 0.9")
-        if version != __version__:
-            raise UserError(f"{path} is of gan.py {version}, and this is {__version__}")
+        if content.get("format") != FORMAT:
+            raise UserError(f"{path} is of another format, by gan.py {content.get('version', 'before 0.9')}")
         unknown = content["config"].keys() - {f.name for f in fields(model.Config)}
         if unknown:
             raise UserError(f"{path} needs the program that trained it: {model.__name__} has no {', '.join(unknown)}")
