@@ -1061,7 +1061,7 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
         write_picture(file.with_name(f"eval-trunc-{trunc}.png".lower()), sample_grid(G, trunc, seed=seed))
     try:
         network = metrics.load_extractor(extractor, device)
-        real = metrics.measure_cached(network, images, cache_folder(), metrics.show_progress(f"{network.name}, images"))
+        real = metrics.measure_cached(network, images, cache_folder(), metrics.Progress(f"{network.name}, images"))
     except metrics.WeightsMissing as error:
         network, notes = None, [*notes, str(error)]
     facts = {"n": n or len(images), "steps": G.steps, "seed": seed, "data": data or config.data, "n_real": len(images)}
@@ -1069,7 +1069,7 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
     for trunc in truncs:
         samples, row = generate_batches(G, facts["n"], trunc, classes, seed), {"trunc": trunc} | facts
         if network:
-            fake = metrics.measure(network, samples, progress=metrics.show_progress(f"{network.name}, samples"))
+            fake = metrics.measure(network, samples, progress=metrics.Progress(f"{network.name}, samples"))
             scores, row["notes"] = metrics.compare(real, fake), notes + metrics.notes(real, fake)
         else:
             some = torch.cat(list(itertools.islice(samples, 128)))
