@@ -72,7 +72,7 @@ def frechet_distance(a, b):
     # faster (0.24 s against 0.85 s at d = 2048), but rounding hides all values below 1e-8 of the largest.
     a, b = (x if isinstance(x, FeatureStats) else FeatureStats.from_features(x) for x in (a, b))
     check_made_by(a.made_by, b.made_by)
-    if len(a.mean) != len(b.mean):
+    if a.mean.shape != b.mean.shape:
         raise UserError(f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared")
 
     X, Y = a.factor, b.factor  # [r,d], [s,d]
@@ -115,12 +115,13 @@ def kernel_distance(x, y, block=512):
     n, m >= 2. Takes all pairs, so nothing is random. Returns a float without bias, which may be slightly negative.
     """
     x, y = same_width(x, y)
+    d = x.shape[1]
 
     def kernel_sum(a, b):
-        return sum((part @ b.T / a.shape[1] + 1).pow(3).sum() for part in a.split(block))
+        return sum((part @ b.T / d + 1).pow(3).sum() for part in a.split(block))
 
     def within(a):  # the mean over all pairs but those of a sample with itself
-        diagonal = (a.square().sum(dim=1) / a.shape[1] + 1).pow(3).sum()
+        diagonal = (a.square().sum(dim=1) / d + 1).pow(3).sum()
         return (kernel_sum(a, a) - diagonal) / (len(a) * (len(a) - 1))
 
     between = kernel_sum(x, y) / (len(x) * len(y))
@@ -148,13 +149,13 @@ def precision_recall(real, fake, k=NEIGHBOUR, block=512):
     fake_radii = neighbour_distances(fake, k, block)  # [m]
 
     precise = torch.zeros(len(fake), dtype=torch.bool)
-    balls = torch.zeros(len(fake), dtype=torch.int64)  # the number of open balls that each fake lies in
     recalled = 0
     covered = 0
+    balls = 0  # the number of open balls that each fake lies in, summed over all
     for part, radius in zip(real.split(block), real_radii.split(block)):
         distance = squared_distances(part, fake)  # [block,m]
         inside = distance < radius * opened
-        balls += inside.sum(dim=0)
+        balls += inside.sum().item()
         covered += inside.any(dim=1).sum().item()
         precise |= (distance <= radius * closed).any(dim=0)
         recalled += (distance <= fake_radii * closed).any(dim=1).sum().item()
@@ -162,7 +163,7 @@ def precision_recall(real, fake, k=NEIGHBOUR, block=512):
     return {
         "precision": precise.sum().item() / len(fake),
         "recall": recalled / len(real),
-        "density": balls.sum().item() / (k * len(fake)),
+        "density": balls / (k * len(fake)),
         "coverage": covered / len(real),
     }
 
@@ -205,12 +206,12 @@ def laplacian_patches(images, generator, size=7, per_image=128, most=2**17):
         shape = shape or batch.shape[1:]
         if batch.shape[1:] != shape or min(batch.shape[2:]) < 16:
             raise UserError("SWD needs images of one size, at least 16 x 16")
-        image = torch.arange(len(batch)).repeat_interleave(per_image)
+        which = torch.arange(len(batch)).repeat_interleave(per_image)
         for level in laplacian_pyramid(batch.cpu().float()):
             windows = level.unfold(2, size, 1).unfold(3, size, 1)  # a view [n,C,H-6,W-6,size,size]
-            y, x = (torch.randint(side, image.shape, generator=generator) for side in windows.shape[2:4])
-            levels.setdefault(level.shape[1:], []).append(windows[image, :, y, x])
-    return {shape: torch.cat(parts) for shape, parts in levels.items()}
+            y, x = (torch.randint(side, which.shape, generator=generator) for side in windows.shape[2:4])
+            levels.setdefault(level.shape[1:], []).append(windows[which, :, y, x])
+    return {level: torch.cat(parts) for level, parts in levels.items()}
 
 
 def laplacian_pyramid(x):
@@ -321,7 +322,7 @@ def label(score, made_by):
     """Names a score in print: FID, KID and IS are Inception's; scores by another network carry its name."""
     if made_by.get("weights", "")[:8] in INCEPTION:
         return score
-    score = score.replace("FID", "FD", 1)
+    score = score.replace("FID", "FD")
     return f"{score}({made_by['network']})" if made_by else score
 
 
@@ -549,7 +550,7 @@ def published_weights():
             raise OSError("no home directory: set TORCH_HOME")
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=False)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix="0cc3c7bd", progress=False)
         read_checked(path)
     except Exception as error:  # of the disk, the network or the file
         hint = f"put {path.name} into {path.parent} or give --extractor"
@@ -654,20 +655,19 @@ class Inception(nn.Module):
                 module.bn = nn.Identity()
 
         blocks = list(net.children())[:-3]  # all but the pooling, dropout and fc
-        self.weight = net.fc.weight
-        self.bias = net.fc.bias
+        self.fc = net.fc
         if classes == 1008:
-            self.bias = None
+            self.fc.bias = None
             average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
             pooling = (InceptionA, InceptionC, InceptionE)
             blocks = [PooledBlock(block, average) if isinstance(block, pooling) else block for block in blocks]
             blocks[-1].pool = nn.MaxPool2d(3, stride=1, padding=1)
-        self.trunk = nn.Sequential(*blocks).to(dtype).to(memory_format=torch.channels_last)
+        self.trunk = nn.Sequential(*blocks).to(dtype=dtype, memory_format=torch.channels_last)
 
     def forward(self, images):
         x = for_inception(images * 255, self.resize).to(self.dtype, memory_format=torch.channels_last)
         features = self.trunk(x).float().mean(dim=(2, 3))
-        return features, F.linear(features, self.weight, self.bias)
+        return features, self.fc(features)
 
 
 class PooledBlock(nn.Module):
@@ -908,8 +908,8 @@ def make_parser():
     add("--metrics", type=score_names, default=[], help=f"with commas: {scores}; all available but swd by default")
     add("--json", action="store_true", help="print one JSON object")
     add("--out", help="write REAL's statistics to this .npz")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=usable_device, default=device, help="cuda if there is one, else cpu")
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=usable_device, default=cuda, help="cuda if there is one, else cpu")
     return parser
 
 
@@ -938,8 +938,9 @@ def run(args):
     sets = {side: open_set(path) for side, path in paths.items()}
     check_sets(args.metrics, paths, sets)
 
-    # SWD before the long work, since it refuses images of mixed sizes.
-    swd = {"SWD": sliced_wasserstein(**sets)} if "swd" in args.metrics else {}
+    swd = {}
+    if "swd" in args.metrics:
+        swd["SWD"] = sliced_wasserstein(**sets)  # before the long work, since it refuses images of mixed sizes
     summaries = {}
     if args.out or args.metrics != ["swd"]:
         summaries = summarize(args, paths, sets)
@@ -995,10 +996,9 @@ def compare_sides(names, real, fake):
     lines = notes(real, fake)
     if not names:
         names = available_scores(real, fake)
-        left_out = SCORES.keys() - {"swd", *names}
+        left_out = sorted(SCORES.keys() - {"swd", *names})
         if left_out:
-            missing = ", ".join(sorted(left_out))
-            lines.append(f"left out: {missing} (they need images on both sides, and is needs logits)")
+            lines.append(f"left out: {', '.join(left_out)} (they need images on both sides, and is needs logits)")
     return compare(real, fake, [name for name in names if name != "swd"]), lines
 
 
@@ -1020,19 +1020,18 @@ def folder_notes(folder):
         some = ", ".join(f"{file} ({reason})" for file, reason in sorted(folder.skipped.items())[:3])
         lines.append(f"{folder.path}: skipped {len(folder.skipped)} files that are no images, such as {some}")
     if folder.brightest < 64:
-        lines.append(
-            f"{folder.path}: the images are dark, from 0 to {folder.brightest} of 255: 12-bit data in 16 bits?"
-        )
+        lines.append(f"{folder.path}: dark images, from 0 to {folder.brightest} of 255: 12-bit data in 16 bits?")
     return lines
 
 
 def show(result):
     """Prints the facts, the notes and the scores, a line each."""
     scores = result.pop("scores")
-    lines = [f"note: {line}" for line in result.pop("notes")]
-    facts = [f"{key}: {value}" for key, value in result.items() if value is not None]
+    notes = result.pop("notes")
+    lines = [f"{key}: {value}" for key, value in result.items() if value is not None]
+    lines += [f"note: {note}" for note in notes]
     lines += [f"{name:20}  {value:.6g}" for name, value in scores.items()]
-    for line in facts + lines:
+    for line in lines:
         print(printable(line))
 
 

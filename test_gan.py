@@ -1727,18 +1727,27 @@ def test_extractor_gives_a_programs_outputs(tiny):
     assert (features - plain).abs().max() < 1e-6 and logits.shape == (5, 5)
 
 
-def test_extractor_computes_in_float32(tiny):
-    """By hand: autocast around it changes nothing, and TF32 is off while it computes and as before afterwards."""
-    precision = lambda: (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+def test_extractor_ignores_autocast(tiny):
+    """By hand: the program itself computes otherwise under autocast."""
     images = pixels(5, 3, 8, 12)
-    before = precision()
+    _, logits = tiny(images)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(tiny(images)[1], tiny.network(images.float() / 255)[1].float()) is False
-        assert torch.equal(tiny(images)[1], outside := tiny(images)[1]) and outside.dtype == torch.float32
+        assert torch.equal(tiny(images)[1], logits) and logits.dtype == torch.float32
+        assert not torch.equal(tiny.network(images.float() / 255)[1], logits)
+
+
+def test_extractor_computes_without_tf32():
+    """By torch's own settings, which are as before afterwards."""
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     seen = []
-    watching = metrics.Extractor(lambda x: seen.append(precision()) or x.mean(dim=(2, 3)), "net", "0" * 16)
-    watching(images)
-    assert seen == [("ieee", "ieee")] and precision() == before
+
+    def network(x):
+        seen.append((conv.fp32_precision, matmul.fp32_precision))
+        return x.mean(dim=(2, 3))
+
+    before = conv.fp32_precision, matmul.fp32_precision
+    metrics.Extractor(network, "net", "0" * 16)(pixels(5, 3, 8, 12))
+    assert seen == [("ieee", "ieee")] and (conv.fp32_precision, matmul.fp32_precision) == before
 
 
 @pytest.mark.parametrize("outputs", [torch.zeros(2, 3, 4), (torch.zeros(2, 3), torch.zeros(1, 3)), None, "text"])
@@ -2103,13 +2112,13 @@ def test_run_notes_files_that_are_no_images(score, tmp_path):
 def test_run_notes_dark_images(score, tmp_path):
     """By hand."""
     dark = bmp_folder(tmp_path / "dark", 10)
-    assert "dark, from 0 to 10" in score(dark, dark)["notes"][-1]
+    assert "dark images, from 0 to 10" in score(dark, dark)["notes"][-1]
 
 
 COMMAND_ERRORS = """
 {folder} | --out;  {folder} --out {tmp}/stats.txt | an .npz;  {folder} --out {tmp}/stats.npz --metrics fid | FAKE
-{folder} --out {tmp}/keys.npz | is not a readable file of feature statistics;  {folder} {tmp}/nowhere | neither a folder
-{folder} --out {tmp}/new/stats.npz | folder that exists;  {folder} {tmp}/wide.npy --metrics swd --extractor no | one size
+{folder} --out {tmp}/keys.npz | not a readable file of feature statistics;  {folder} {tmp}/nowhere | neither a folder
+{folder} --out {tmp}/new/stats.npz | that exists;  {folder} {tmp}/wide.npy --metrics swd --extractor no | one size
 {folder} {tmp}/empty | 0 images;  {folder} {tmp}/text --extractor {tiny} | no image;  {folder} {tmp}/floats.npy | uint8
 {folder} {tmp}/keys.npz | holds neither;  {folder} {tmp}/wide.npz --extractor {tiny} --metrics fid | dimensions
 {tmp}/clean.npz {folder} --extractor {tiny} | resize clean;  {folder} {folder} --metrics fid,foo | no score 'foo'
