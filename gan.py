@@ -624,7 +624,7 @@ def tile(images, columns=10):
 # ---- Files and messages
 @contextlib.contextmanager
 def atomic_write(path):
-    """Opens a binary file to write that appears under its name when it is whole and on the disk."""
+    """Opens a binary file that appears under its name when it is whole and on the disk; makes its folder."""
     part = Path(path).with_name(f".{os.urandom(8).hex()}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -642,14 +642,24 @@ def atomic_write(path):
 
 @contextlib.contextmanager
 def reading(path, what):
-    """Reports a failure to make sense of a file in one sentence; readers of damaged files raise errors of all kinds."""
+    """Turns a failure to make sense of a file into one UserError that says what the file should be."""
     try:
         yield
     except (UserError, ImportError, MemoryError):
         raise
-    except Exception as error:
-        cause = str(error).partition(". ")[0][:150]  # what follows is advice, such as to unpickle
-        raise UserError(f"{path} is damaged or no {what}: {type(error).__name__}: {cause}")
+    except Exception as error:  # readers of damaged files raise errors of all kinds
+        raise UserError(f"{path} is not a readable {what}: {cause(error)}") from error
+
+
+def cause(error):
+    """Returns the kind and the first sentence of an error; what follows is advice, such as to unpickle."""
+    sentence = str(getattr(error, "strerror", None) or error).partition("\n")[0].partition(". ")[0]
+    return f"{type(error).__name__}: {sentence:.150}"
+
+
+def printable(text):
+    """Returns the text on one line: control characters and bytes that are no text become escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def write_picture(path, picture):
@@ -681,10 +691,9 @@ def read_rows(path):
 def say(line, file=None):
     """Prints a line from the first process, errors from each host's; escapes a newline and what is no text."""
     speaks = rank() == 0 if file is None else os.environ.get("LOCAL_RANK", "0") == "0"
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     if speaks:
         with contextlib.suppress(OSError, ValueError):  # a reader that has gone away is no reason to stop
-            print(line, file=file, flush=True)
+            print(printable(line), file=file, flush=True)
 
 
 # ---- Data

@@ -17,14 +17,12 @@ import socket
 import subprocess
 import sys
 import urllib.error
-import weakref
 import zipfile
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import mpmath
 import numpy as np
 import pytest
 import torch
@@ -1070,12 +1068,21 @@ def test_eval(run, folder, extractor_file, tmp_path, capsys, monkeypatch):
     (run / "eval.json").unlink()
 
 
-# ---- metrics: statistics and the Frechet distance
+# ---- metrics.py: scores
 MADE_BY = {"network": "n", "weights": "w", "resize": "tf1", "dtype": "float32"}
 
 
 def normal(n, d, seed):
     return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def pixels(*shape, seed=0):
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def points(*values):
+    """Features [n,1], far from zero."""
+    return torch.tensor(values, dtype=torch.float64)[:, None] + 1000.1
 
 
 def features_of(n, mean, values, basis, seed):
@@ -1085,165 +1092,207 @@ def features_of(n, mean, values, basis, seed):
     return mean + scores * (values * (n - 1)).sqrt() @ basis
 
 
-def test_stats_equal_numpy_in_any_parts_and_files_are_those_of_pytorch_fid(tmp_path):
-    x = normal(3000, 7, 0) @ normal(7, 7, 1) + 1000  # far from zero: sums of squares would lose digits
-    mean, cov = x.numpy().mean(0), np.cov(x.numpy(), rowvar=False)
-    stats = metrics.FeatureStats(7)
-    for part in x.split([1, 99, 0, 400, 2500]):
-        stats.update(part)
-    one, other = metrics.FeatureStats(7).update(x[:1]), metrics.FeatureStats(7).update(x[1:])
-    x += 1  # the statistics keep what they were given
-    merged = metrics.FeatureStats(7).merge(one).merge(other.merge(metrics.FeatureStats(7)))
-    stats.save(tmp_path / "stats.npz")
-    for s in (stats, merged, metrics.FeatureStats.load(tmp_path / "stats.npz")):
-        assert s.n == 3000 and np.abs(s.mean.numpy() - mean).max() < 1e-9 and np.abs(s.cov.numpy() - cov).max() < 1e-9
-    assert sum(map(len, stats._pending)) + len(stats.factor) <= 1024 + 7  # nothing that grows with n
-    x, y = normal(30, 4, 0), normal(9, 4, 1)
-    mu, sigma = x.numpy().mean(0), np.cov(x.numpy(), rowvar=False)
-    np.savez(tmp_path / "theirs.npz", mu=mu, sigma=sigma, weights="w")  # half a made_by is none
-    theirs = metrics.FeatureStats.load(tmp_path / "theirs.npz")
-    assert abs(metrics.frechet_distance(theirs, y) - metrics.frechet_distance(x, y)) < 1e-9
-    assert theirs.n is None and theirs.made_by == {}
-    with pytest.raises(metrics.UserError, match="number of samples"):
-        metrics.FeatureStats(4).update(y).merge(theirs)
-    metrics.FeatureStats(4, MADE_BY).update(x).save(tmp_path / "ours.npz")
-    with np.load(tmp_path / "ours.npz") as ours:  # allow_pickle=False, as pytorch-fid reads it
-        assert np.abs(ours["mu"] - mu).max() < 1e-12 and np.abs(ours["sigma"] - sigma).max() < 1e-12
-    ours = metrics.FeatureStats.load(tmp_path / "ours.npz")
-    assert ours.n == 30 and ours.made_by == MADE_BY
-
-
 # (kept by both, by the first alone, by the second alone) of 24 directions
 RANKS = {"full": (24, 0, 0), "overlapping": (6, 5, 9), "disjoint": (0, 7, 8), "nested": (3, 0, 12), "one": (1, 0, 0)}
+
+
+def commuting_moments(ranks, far=0):
+    """Two means [2,24], two spectra [24], their common basis, and the Frechet distance."""
+    both, first, second = RANKS[ranks]
+    a = torch.logspace(0, -2, 24, dtype=torch.float64)
+    b = a.sqrt()
+    a[both + first :] = 0
+    b[both : both + first] = 0
+    b[both + first + second :] = 0
+    mean = normal(2, 24, 1) * 0.1 + far
+    distance = (mean[0] - mean[1]).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    return mean, (a, b), torch.linalg.qr(normal(24, 24, 0)).Q, distance.item()
 
 
 @pytest.mark.parametrize("far", [0, 1000])
 @pytest.mark.parametrize("n", [(25, 25), (26, 4000), (300, 500)])
 @pytest.mark.parametrize("ranks", RANKS)
 def test_frechet_distance_of_commuting_covariances(ranks, n, far):
-    both, first, second = RANKS[ranks]
-    basis = torch.linalg.qr(normal(24, 24, 0)).Q
-    a, b = (torch.logspace(0, -2, 24, dtype=torch.float64) ** power for power in (1, 0.5))
-    a[both + first :], b[:both], b[both : both + first] = 0, b[:both], 0
-    b[both + first + second :] = 0
-    mean = normal(2, 24, 1) * 0.1 + far
-    expected = ((mean[0] - mean[1]) ** 2).sum() + ((a.sqrt() - b.sqrt()) ** 2).sum()
-    x, y = features_of(n[0], mean[0], a, basis, 2), features_of(n[1], mean[1], b, basis, 3)
+    """By hand: |mu - nu|^2 plus the squared differences of the standard deviations along common axes."""
+    mean, values, basis, expected = commuting_moments(ranks, far)
+    x = features_of(n[0], mean[0], values[0], basis, 2)
+    y = features_of(n[1], mean[1], values[1], basis, 3)
     assert abs(metrics.frechet_distance(x, y) - expected) < 1e-9
-    # The order of samples and a rotation change nothing.
-    turn, generator = torch.linalg.qr(normal(24, 24, 4)).Q, torch.Generator().manual_seed(0)
-    order = torch.randperm(len(x), generator=generator)
-    assert abs(metrics.frechet_distance(x[order] @ turn, y @ turn) - expected) < 1e-9
-    # From moments, as close as sigma's own rounding allows.
-    moments = (metrics.FeatureStats.from_moments(m, basis.T @ torch.diag(v) @ basis) for m, v in zip(mean, (a, b)))
-    assert abs(metrics.frechet_distance(*moments) - expected) < 1e-9
 
 
-@pytest.mark.parametrize("n", [(2, 2), (2, 50), (12, 11), (40, 8), (60, 70)])
-def test_frechet_distance_against_high_precision(n):
-    """Covariances that do not commute, regular and singular, in 60 digits by the eigenvalues of their product."""
-    mp = mpmath.mp.clone()
-    mp.dps = 60
-    x = normal(n[0], 10, 0) * torch.logspace(0, -3, 10, dtype=torch.float64) + 3
-    y = normal(n[1], 10, 1) @ normal(10, 10, 2)
-
-    def moments(x):
-        x = mp.matrix(x.tolist())
-        mean = [mp.fsum(x[:, j]) / x.rows for j in range(x.cols)]
-        centred = mp.matrix([[x[i, j] - mean[j] for j in range(x.cols)] for i in range(x.rows)])
-        return mp.matrix(mean), centred.T * centred / (x.rows - 1)
-
-    (mu, A), (nu, B) = moments(x), moments(y)
-    values, vectors = mp.eigsy(A)
-    root = vectors * mp.diag([mp.sqrt(max(v, 0)) for v in values]) * vectors.T
-    cross = mp.fsum(mp.sqrt(max(v, 0)) for v in mp.eigsy(root * B * root, eigvals_only=True))
-    trace = mp.fsum(A[i, i] + B[i, i] for i in range(10))
-    expected = mp.fsum((mu[i] - nu[i]) ** 2 for i in range(10)) + trace - 2 * cross
-    assert abs(metrics.frechet_distance(x, y) - float(expected)) < 1e-9 * float(expected)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_frechet_distance_ignores_order_and_rotation(ranks):
+    """By hand: neither changes a distance of distributions."""
+    mean, values, basis, expected = commuting_moments(ranks)
+    x = features_of(300, mean[0], values[0], basis, 2)
+    y = features_of(500, mean[1], values[1], basis, 3)
+    turn = torch.linalg.qr(normal(24, 24, 4)).Q
+    assert abs(metrics.frechet_distance(x.flip(0) @ turn, y @ turn) - expected) < 1e-9
 
 
-def test_frechet_distance_of_equal_and_nearly_equal_sets():
-    for n, d in ((2, 1), (2, 30), (10, 50), (200, 40), (3000, 1)):
-        x = normal(n, d, 0) * 10 + 1000
-        for y in (x, x.flip(0), metrics.FeatureStats(d).update(x[:1]).update(x[1:])):
-            assert 0 <= metrics.frechet_distance(x, y) < 1e-9
-        assert abs(metrics.frechet_distance(x, x + 2) - 4 * d) < 1e-9
+@pytest.mark.parametrize("far", [0, 1000])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_frechet_distance_of_moments(ranks, far):
+    """By hand, as close as the rounding of sigma allows."""
+    means, values, basis, expected = commuting_moments(ranks, far)
+    covs = [basis.T @ torch.diag(v) @ basis for v in values]
+    a, b = (metrics.FeatureStats.from_moments(*moments) for moments in zip(means, covs))
+    assert abs(metrics.frechet_distance(a, b) - expected) < 1e-9
+
+
+@pytest.mark.parametrize("n, rank", [(2, 10), (8, 10), (11, 10), (60, 10), (60, 4), (6, 4)])
+def test_frechet_distance_is_the_cost_of_the_optimal_map(n, rank):
+    """By Brenier's theorem: x -> P x, P symmetric with eigenvalues >= 0, is optimal; P and cov(x) do not commute."""
+    x = normal(n, 10, 0) * torch.logspace(0, -3, 10, dtype=torch.float64) + 3
+    root = normal(10, rank, 1)
+    moved = x - x @ (root @ root.T)
+    mean = moved.mean(0)
+    expected = mean.square().sum() + (moved - mean).square().sum() / (n - 1)
+    assert abs(metrics.frechet_distance(x, x - moved) / expected - 1) < 1e-10
+
+
+@pytest.mark.parametrize("n, d", [(2, 1), (2, 30), (10, 50), (200, 40), (3000, 1)])
+def test_frechet_distance_of_equal_sets_is_zero(n, d):
+    """By the definition, in any order of the samples."""
+    x = normal(n, d, 0) * 10 + 1000
+    assert 0 <= metrics.frechet_distance(x, x) < 1e-9
+    assert 0 <= metrics.frechet_distance(x, x.flip(0)) < 1e-9
+    assert abs(metrics.frechet_distance(x, x + 2) - 4 * d) < 1e-9
+
+
+@pytest.mark.parametrize("power", [1, 3, 7, 11, 15, 19])
+def test_frechet_distance_of_nearly_equal_sets_keeps_its_digits(power):
+    """By hand: y = (1 + e) x is e^2 tr A away; a difference of traces would cancel."""
     x = normal(300, 40, 1)
     x -= x.mean(0)
-    for power in (1, 3, 7, 11, 15, 19):  # y = (1 + e) x is e^2 tr A away; the traces would cancel
-        scale = 1 + 2.0**-power  # exact in binary
-        expected = (scale - 1) ** 2 * x.square().sum().item() / 299
-        assert abs(metrics.frechet_distance(x, scale * x) / expected - 1) < 1e-9
+    scale = 1 + 2.0**-power  # exact in binary
+    expected = (scale - 1) ** 2 * x.square().sum().item() / 299
+    assert abs(metrics.frechet_distance(x, scale * x) / expected - 1) < 1e-9
 
 
-# ---- metrics: the other scores
-def test_inception_score_closed_forms():
+def softmax(logits):
+    p = logits.exp().numpy()
+    return p / p.sum(1, keepdims=True)
+
+
+def plain_inception_score(p):
+    return np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean())
+
+
+def test_inception_score_equals_its_definition():
+    """By the definition, in NumPy, with one split and over three."""
     logits = normal(64, 4, 0)
-    p = logits.exp().numpy() / logits.exp().numpy().sum(1, keepdims=True)
-    score = lambda q: np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean())
-    generator = torch.Generator().manual_seed(5)  # of three successive samples, each split gets one
-    split = np.concatenate([torch.randperm(3, generator=generator).numpy() for _ in range(22)])[:64]
-    expected = [score(p[split == i]) for i in range(3)]
+    p = softmax(logits)
+    mean, std = metrics.inception_score(logits, splits=1)
+    assert abs(mean - plain_inception_score(p)) < 1e-9 and std == 0
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(5))
+    scores = [plain_inception_score(p[part]) for part in np.array_split(order, 3)]
     mean, std = metrics.inception_score(logits, splits=3, seed=5)
-    assert abs(mean - np.mean(expected)) < 1e-9 and abs(std - np.std(expected)) < 1e-9
-    one_hot = torch.eye(5).repeat_interleave(40, dim=0) * 1000  # sorted by class
-    for x, splits, true in ((logits, 1, score(p)), (one_hot, 5, 5), (torch.zeros(30, 5), 10, 1), (logits[:4], 10, 1)):
-        mean, std = metrics.inception_score(x, splits)
+    assert abs(mean - np.mean(scores)) < 1e-9 and abs(std - np.std(scores)) < 1e-9
+
+
+def test_inception_score_of_known_sets():
+    """By hand: k for certain predictions of k classes, 1 for uniform ones, 1 for splits of one sample."""
+    certain = torch.eye(5).repeat(40, 1) * 1000
+    for logits, splits, true in ((certain, 1, 5), (torch.zeros(30, 5), 10, 1), (normal(4, 4, 0), 10, 1)):
+        mean, std = metrics.inception_score(logits, splits)
         assert abs(mean - true) < 1e-9 and std < 1e-9
-    in_turn = torch.eye(5).repeat(40, 1) * 1000  # five splits by place would hold one class each
-    assert 4 < metrics.inception_score(in_turn, splits=5)[0] < 5
 
 
-def test_kernel_distance_precision_and_recall_equal_their_definitions_ties_included():
-    x, y = normal(7, 3, 0), normal(5, 3, 1) + 1
-    k = lambda a, b: (float(a @ b) / 3 + 1) ** 3
-    pairs = [[k(z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if i != j] for z in (x, y)]
-    expected = np.mean(pairs[0]) + np.mean(pairs[1]) - 2 * np.mean([k(a, b) for a in x for b in y])
-    for block in (512, 2):
-        assert abs(metrics.kernel_distance(x, y, block) - expected) < 1e-9
-    real, fake, k = normal(40, 2, 0), normal(30, 2, 1) * 0.7 + 0.5, 3
+def test_inception_score_shuffles_into_splits():
+    """By hand: five splits of certain predictions hold about all classes, though by place each would hold one."""
+    for logits in (torch.eye(5).repeat(40, 1), torch.eye(5).repeat_interleave(40, dim=0)):
+        assert 4 < metrics.inception_score(logits * 1000, splits=5)[0] < 5
+
+
+@pytest.mark.parametrize("copies", [1, 2, 10, 100, 499, 500])
+def test_inception_score_of_few_images_is_not_bounded_by_their_number(copies):
+    """By hand: certain predictions of ten classes score 10; of 5,000 samples on, in ten splits."""
+    mean, std = metrics.inception_score(40 * torch.eye(10).repeat(copies, 1))
+    assert (abs(mean - 10) < 1e-9 and std == 0) if copies < 500 else (9.7 < mean < 10 and std > 0)
+
+
+@pytest.mark.parametrize("block", [512, 2])
+def test_kernel_distance_equals_its_definition(block):
+    """By the definition: the mean kernel of all pairs, but those of a sample with itself."""
+    x = normal(7, 3, 0)
+    y = normal(5, 3, 1) + 1
+    kernel = lambda a, b: ((a @ b.T / 3 + 1) ** 3).numpy()
+    within = [(kernel(z, z).sum() - np.trace(kernel(z, z))) / (len(z) * (len(z) - 1)) for z in (x, y)]
+    expected = sum(within) - 2 * kernel(x, y).mean()
+    assert abs(metrics.kernel_distance(x, y, block) - expected) < 1e-9
+
+
+@pytest.mark.parametrize("shift, block", [(0, 512), (0, 7), (1e3, 512)])
+def test_precision_recall_equal_their_definitions(shift, block):
+    """By the definitions, point by point."""
+    real = normal(40, 2, 0)
+    fake = normal(30, 2, 1) * 0.7 + 0.5
+    k = 3
     distance = lambda a, b: math.dist(a.tolist(), b.tolist())
     radius = lambda x, i: sorted(distance(x[i], other) for other in x)[k]
     in_real = np.array([[distance(f, r) < radius(real, i) for i, r in enumerate(real)] for f in fake])
     in_fake = np.array([[distance(f, r) < radius(fake, i) for i, f in enumerate(fake)] for r in real])
-    expected = {"precision": in_real.any(1).mean(), "recall": in_fake.any(1).mean()}
-    expected |= {"density": in_real.sum(1).mean() / k, "coverage": in_real.any(0).mean()}
-    for shift, block in ((0, 512), (0, 7), (1e3, 512)):
-        scores = metrics.precision_recall(real + shift, fake + shift, k, block)
-        assert scores.keys() == expected.keys() and all(abs(scores[name] - expected[name]) < 1e-9 for name in scores)
-    assert set(metrics.precision_recall(real, fake + 100, k).values()) == {0}
-    point = lambda *x: torch.tensor(x, dtype=torch.float64)[:, None] + 1000.1
-    # Balls of k = 1 around 0, 1, 3, 10: [-1,1], [0,2], [1,5], [3,17]; around 0.5, 4, 30: [-3,4], [0.5,7.5], [4,56].
-    scores = metrics.precision_recall(point(0, 1, 3, 10), point(0.5, 4, 30), k=1)
-    assert scores == {"precision": 2 / 3, "recall": 1, "density": 4 / 3, "coverage": 1}
-    # 2 and 4 lie on the surfaces of [0,2] and [1,4]: precision and recall count them, density and coverage do not.
-    scores = metrics.precision_recall(point(0, 1, 2.5), point(2, 4), k=1)
-    assert scores == {"precision": 1, "recall": 1, "density": 0.5, "coverage": 1 / 3}
-    # Identical sets: each sample's k nearest, itself among them, lie within its ball, wherever they stand in the set.
+    scores = metrics.precision_recall(real + shift, fake + shift, k, block)
+    assert list(scores) == ["precision", "recall", "density", "coverage"]
+    expected = [in_real.any(1).mean(), in_fake.any(1).mean(), in_real.sum(1).mean() / k, in_real.any(0).mean()]
+    assert list(scores.values()) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "real, fake, expected",
+    [
+        # Balls of k = 1 around 0, 1, 3, 10: [-1,1], [0,2], [1,5], [3,17]; around 0.5, 4, 30: [-3,4], [0.5,7.5], [4,56].
+        ((0, 1, 3, 10), (0.5, 4, 30), (2 / 3, 1, 4 / 3, 1)),
+        # 2 and 4 lie on the surfaces of [0,2] and [1,4]: precision and recall count them, density and coverage do not.
+        ((0, 1, 2.5), (2, 4), (1, 1, 0.5, 1 / 3)),
+        # The ball of a point with copies is that point alone.
+        ((0.3, 0.3, 0.3, 5.7), (0.3, 0.3, 90), (2 / 3, 1, 0, 0)),
+        ((0, 1, 3), (100, 101, 103), (0, 0, 0, 0)),
+    ],
+)
+def test_precision_recall_of_points_on_a_line(real, fake, expected):
+    """By hand, ties and copies included."""
+    scores = metrics.precision_recall(points(*real), points(*fake), k=1)
+    assert tuple(scores.values()) == pytest.approx(expected, abs=1e-15)
+
+
+def test_precision_recall_of_identical_sets_is_one():
+    """By hand: each sample's k nearest, itself among them, lie within its ball, wherever they stand in the set."""
     x = normal(300, 200, 0) + 3
-    assert metrics.precision_recall(x, x.flip(0)) == {"precision": 1, "recall": 1, "density": 1, "coverage": 1}
-    twins = point(0.3, 0.3, 0.3, 5.7)  # the ball of a point with copies is that point alone
-    scores = metrics.precision_recall(twins, point(0.3, 0.3, 90), k=1)
-    assert scores == {"precision": 2 / 3, "recall": 1, "density": 0, "coverage": 0}
+    assert set(metrics.precision_recall(x, x.flip(0)).values()) == {1}
 
 
-def test_sliced_wasserstein_of_a_laplacian_pyramid():
-    noise, more = pixels(40, 3, 32, 32), pixels(30, 3, 32, 32, seed=1)
+def test_sliced_wasserstein_grows_with_blur():
+    """By experience: noise is nearer to other noise than to blurred noise."""
+    noise = pixels(40, 3, 32, 32)
+    more = pixels(30, 3, 32, 32, seed=1)
     smooth = F.avg_pool2d(more.float(), 3, 1, 1).round().to(torch.uint8)
     near = metrics.sliced_wasserstein(noise, more)
     assert 0 < near * 1.3 < metrics.sliced_wasserstein(noise, smooth)
     assert metrics.sliced_wasserstein(noise, noise) < 1e-2
-    assert metrics.sliced_wasserstein(noise.numpy(), more) == near != metrics.sliced_wasserstein(noise, more, seed=1)
+
+
+def test_sliced_wasserstein_depends_on_the_seed_alone():
+    """By the definition; arrays are as good as tensors."""
+    noise = pixels(40, 3, 32, 32)
+    more = pixels(30, 3, 32, 32, seed=1)
+    distance = metrics.sliced_wasserstein(noise, more)
+    assert metrics.sliced_wasserstein(noise.numpy(), more) == distance
+    assert metrics.sliced_wasserstein(noise, more, seed=1) != distance
+
+
+def test_laplacian_patches_lie_anywhere():
+    """By hand: one of the 100 places of a patch reaches the corner of an image of 16 pixels."""
     flat = torch.zeros(8, 1, 16, 16, dtype=torch.uint8)
-    flat[:, :, -1, -1] = 200  # one of the 100 places of a patch reaches this corner
+    flat[:, :, -1, -1] = 200
     patches = metrics.laplacian_patches(flat, torch.Generator().manual_seed(0))[(1, 16, 16)]
     assert patches.shape == (8 * 128, 1, 7, 7) and patches[:, :, :-1].max() == 0
     assert 0 < (patches.amax(dim=(1, 2, 3)) == 200).double().mean() < 0.02
-    # Patches of one value: all directions are its own, up to its sign, and sorting matches the samples.
-    a, b = normal(50, 1, 0).float()[..., None, None], normal(50, 1, 1).float()[..., None, None].exp()
-    line = [np.sort(((x - x.mean()) / x.std()).flatten().numpy()) for x in (a, b)]
-    distance = metrics.slice_distance(a, b, torch.Generator().manual_seed(0))
-    assert abs(distance - 1000 * np.abs(line[0] - line[1]).mean()) < 1e-2
+
+
+def test_laplacian_pyramid_equals_its_definition():
+    """By the definition, in NumPy: blur, halve, and subtract what comes back."""
     x = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))
     fine, rest = metrics.laplacian_pyramid(x)
     taps = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
@@ -1252,163 +1301,314 @@ def test_sliced_wasserstein_of_a_laplacian_pyramid():
         windows = np.lib.stride_tricks.sliding_window_view(np.pad(image, 2, "reflect"), (5, 5))
         return np.einsum("hwij,ij->hw", windows, taps)
 
-    small, spread = blurred(x[1, 2].double().numpy())[::2, ::2], np.zeros((64, 48))
+    image = x[1, 2].double().numpy()
+    small = blurred(image)[::2, ::2]
+    spread = np.zeros((64, 48))
     spread[::2, ::2] = 4 * small
     assert fine.shape == (2, 3, 64, 48) and np.abs(rest[1, 2].numpy() - small).max() < 1e-5
-    assert np.abs(fine[1, 2].numpy() - (x[1, 2].double().numpy() - blurred(spread))).max() < 1e-5
+    assert np.abs(fine[1, 2].numpy() - (image - blurred(spread))).max() < 1e-5
 
 
-# ---- metrics: measuring and extractors
-def pixels(*shape, seed=0):
-    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+def test_slice_distance_of_one_value_is_the_distance_of_sorted_values():
+    """By hand: patches of one value have one direction, up to its sign, and sorting matches the samples."""
+    a = normal(50, 1, 0).float()
+    b = normal(50, 1, 1).float().exp()
+    lines = [np.sort(((x - x.mean()) / x.std()).flatten().numpy()) for x in (a, b)]
+    patches = [x[..., None, None] for x in (a, b)]
+    distance = metrics.slice_distance(*patches, torch.Generator().manual_seed(0))
+    assert abs(distance - 1000 * np.abs(lines[0] - lines[1]).mean()) < 1e-2
 
 
-def test_measure_takes_tensors_arrays_and_batches_and_caches_features(tmp_path, extractor_file, monkeypatch):
-    network, images = metrics.load_extractor(extractor_file), pixels(50, 3, 8, 12)
-    features, logits = network(images)
-    plain = F.interpolate(images.float() / 255, size=(4, 4), mode="bilinear").flatten(1)
-    assert (features - plain).abs().max() < 1e-6
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(network(images)[1], logits)
-    array = images.numpy()
-    frozen = array.copy()
-    frozen.flags.writeable = False
-    batches = [array[:1], array[1:1], images[1:20], array[20:].transpose(0, 2, 3, 1)]
-    for given in (images, array, frozen, array[::-1][::-1], array.transpose(0, 2, 3, 1), batches, iter(batches)):
-        summary = metrics.measure(network, given)
-        assert summary.n == 50 and (summary.features - features).abs().max() < 1e-6
-        assert np.abs(np.subtract(summary.predictions.score(), metrics.inception_score(logits))).max() < 1e-6
-    for wrong in (images / 255, images.int(), array / 255, images[0], images[:, :2], ["no"], [images[0]], []):
-        with pytest.raises(metrics.UserError, match="uint8|no image"):
-            metrics.measure(network, wrong)
-    network, images, looks, measure = metrics.load_extractor(extractor_file), pixels(20, 3, 8, 8), [], metrics.measure
-    monkeypatch.setattr(metrics, "measure", lambda *x, **options: looks.append(1) or measure(*x, **options))
-    cached = lambda: metrics.measure_cached(network, images, tmp_path / "cache")
-    features = cached().features
-    assert torch.equal(cached().features, features) and len(looks) == 1 and cached().predictions is None
-    (file,) = (tmp_path / "cache").iterdir()
-    whole = file.read_bytes()
-    for content in (b"", whole[:200], b"PK" + whole[2:900], npz(features=features[:7]), pickle.dumps([1])):
-        file.write_bytes(content)
-        looks.clear()
-        assert torch.equal(cached().features, features) and torch.equal(cached().features, features)
-        assert len(looks) == 1 and file.read_bytes() == whole
-    images[3, 0, 0, 0] += 1
-    cached()
-    network.made_by["weights"] = "other"
-    cached()
-    assert len(looks) == 3 and len(list((tmp_path / "cache").iterdir())) == 3
-    assert metrics.measure_cached(network, images, file / "no folder").n == 20
+X = normal(5, 3, 0)
 
 
-def test_measure_streams_in_constant_memory(extractor_file):
-    network, whole, before, done = metrics.load_extractor(extractor_file), pixels(80, 3, 8, 8), [], []
-    program = network.network
+@pytest.mark.parametrize(
+    "function, args, hint",
+    [
+        (metrics.frechet_distance, (X[:1], X), "at least 2"),
+        (metrics.frechet_distance, (X.abs() / 0, X), "finite"),
+        (metrics.frechet_distance, (X[0], X), r"\[n,d\]"),
+        (metrics.frechet_distance, (X, X[:, :2]), "dimensions"),
+        (metrics.inception_score, (X[:0],), "at least 1"),
+        (metrics.kernel_distance, (X[:1], X), ">= 2"),
+        (metrics.precision_recall, (X, X, 5), "from 1 to 4"),
+        (metrics.sliced_wasserstein, (pixels(2, 3, 32, 32), pixels(2, 1, 32, 32)), "one size"),
+        (metrics.sliced_wasserstein, (pixels(2, 3, 8, 32), pixels(2, 3, 8, 32)), "16 x 16"),
+    ],
+)
+def test_scores_refuse_what_they_cannot_take(function, args, hint):
+    """By their docstrings."""
+    with pytest.raises(metrics.UserError, match=hint):
+        function(*args)
 
-    def watched(x):
-        features, logits = program(x)
-        before.append(weakref.ref(features))
-        return features, logits
 
-    def samples():
-        for i in range(10):
-            assert all(tensor() is None for tensor in before[:-2])  # only the last batch and its features live
-            batch = whole[8 * i : 8 * i + 8].clone()
-            before.append(weakref.ref(batch))
-            yield batch
-
-    network.network = watched
-    streamed = metrics.measure(network, samples(), keep=False, progress=lambda *x: done.append(x))
-    assert len(before) == 20 and streamed.n == 80 and streamed.features is None
-    assert (16, None) in done and done[-1] == (80, 80)
-    kept = metrics.measure(network, whole, progress=lambda *x: done.append(x))
-    assert done[-1] == (80, 80) and metrics.frechet_distance(streamed.stats, kept.features) < 1e-12
-    assert np.abs(np.subtract(streamed.predictions.score(), kept.predictions.score())).max() < 1e-12
-    names = ["FD(tiny)", "IS(tiny)", "IS std", "KID(tiny)", "precision", "recall", "density", "coverage"]
-    assert list(metrics.compare(kept, streamed)) == names[:3] and list(metrics.compare(kept, kept)) == names
-    alone = metrics.measure(metrics.Extractor(lambda x: x.mean(dim=(2, 3)), "net", "0" * 16), whole)
-    assert list(metrics.compare(alone, alone)) == ["FD(net)", "KID(net)", *names[4:]]
-    for fake, name in ((streamed, "kid"), (streamed, "prdc"), (kept, "swd"), (alone, "is")):
-        with pytest.raises(metrics.UserError, match=f"{name} is not"):
-            metrics.compare(alone if fake is alone else kept, fake, [name])
-    same_size, other = (str(metrics.notes(kept, metrics.measure(network, whole[:4, :, :h]))) for h in (8, 6))
-    assert "neighbour 3, not 5" in same_size and "pixels" not in same_size and "8 x 8 and 8 x 6 pixels" in other
+# ---- metrics.py: all scores of two sets
+TINY_SCORES = ["FD(tiny)", "IS(tiny)", "IS std", "KID(tiny)", "precision", "recall", "density", "coverage"]
 
 
 @pytest.fixture(scope="session")
+def tiny(extractor_file):
+    return metrics.load_extractor(extractor_file)
+
+
+@pytest.fixture(scope="session")
+def blind():
+    """An Extractor without logits."""
+    return metrics.Extractor(lambda x: x.mean(dim=(2, 3)), "net", "0" * 16)
+
+
+def test_compare_gives_the_scores_of_each_function(tiny):
+    """By the functions themselves."""
+    real = metrics.measure(tiny, pixels(80, 3, 8, 8))
+    fake = metrics.measure(tiny, pixels(70, 3, 8, 8, seed=1))
+    scores = metrics.compare(real, fake)
+    assert list(scores) == TINY_SCORES
+    assert scores["FD(tiny)"] == metrics.frechet_distance(real.features, fake.features)
+    assert (scores["IS(tiny)"], scores["IS std"]) == metrics.inception_score(fake.logits)
+    assert scores["KID(tiny)"] == metrics.kernel_distance(real.features, fake.features)
+    prdc = metrics.precision_recall(real.features, fake.features)
+    assert {name: scores[name] for name in prdc} == prdc
+
+
+def test_compare_takes_the_scores_that_are_available(tiny, blind):
+    """By hand: IS needs logits of the generated images, KID and the like the features of both sides."""
+    images = pixels(8, 3, 8, 8)
+    known = metrics.measure(tiny, images)
+    unclassed = metrics.measure(blind, images)
+    assert list(metrics.compare(metrics.Summary(known.stats), known)) == TINY_SCORES[:3]
+    assert list(metrics.compare(known, metrics.Summary(known.stats))) == TINY_SCORES[:1]
+    assert list(metrics.compare(unclassed, unclassed)) == ["FD(net)", "KID(net)", *TINY_SCORES[4:]]
+
+
+def test_compare_refuses_the_scores_that_are_not_available(tiny, blind):
+    """By hand, as above."""
+    known = metrics.measure(tiny, pixels(8, 3, 8, 8))
+    stats = metrics.Summary(known.stats)
+    unclassed = metrics.measure(blind, pixels(8, 3, 8, 8))
+    for real, fake, name in (
+        (known, stats, "kid"),
+        (known, stats, "prdc"),
+        (known, known, "swd"),
+        (unclassed, unclassed, "is"),
+    ):
+        with pytest.raises(metrics.UserError, match=f"{name} is not available"):
+            metrics.compare(real, fake, [name])
+
+
+def test_compare_refuses_features_of_two_networks(tiny, blind):
+    """By hand: distances between features of two networks mean nothing."""
+    real = metrics.measure(tiny, pixels(4, 3, 8, 8))
+    with pytest.raises(metrics.UserError, match="tiny, weights .*, resize native, float32 and by net"):
+        metrics.compare(real, metrics.measure(blind, pixels(4, 3, 8, 8)))
+
+
+def test_notes_name_what_a_reader_should_know(tiny):
+    """By hand: few images, one split, a nearer neighbour, other sizes."""
+    real = metrics.measure(tiny, pixels(8, 3, 8, 8))
+    same = str(metrics.notes(real, metrics.measure(tiny, pixels(4, 3, 8, 8))))
+    other = str(metrics.notes(real, metrics.measure(tiny, pixels(8, 3, 6, 8))))
+    assert "4 images bias a Frechet distance" in same and "neighbour 3, not 5" in same and "pixels" not in same
+    assert "IS takes one split" in same and "4 images are fewer than 5000" in same
+    assert "8 x 8 and 8 x 6 pixels" in other and "neighbour" not in other
+
+
+def test_notes_of_many_images_are_none():
+    """By hand: 5,000 images of one network have no note."""
+    stats = metrics.FeatureStats.from_features(normal(5000, 2, 0), MADE_BY)
+    summary = metrics.Summary(stats, logits=normal(5000, 3, 1))
+    assert metrics.notes(summary, summary) == []
+
+
+def test_label_says_fid_only_of_published_weights():
+    """By the SHA-256 of the published files."""
+    for published in ("0cc3c7bd00000000", "6726825d00000000"):
+        assert metrics.label("FID", {**MADE_BY, "weights": published}) == "FID"
+    assert metrics.label("FID", MADE_BY) == "FD(n)" and metrics.label("KID", MADE_BY) == "KID(n)"
+    assert metrics.label("FID", {}) == "FD"
+
+
+# ---- metrics.py: statistics and measuring
+def moments_of(x):
+    return x.mean(0).numpy(), np.cov(x.numpy(), rowvar=False)
+
+
+def agrees(stats, x):
+    """Whether statistics are those of features x by NumPy."""
+    mean, cov = moments_of(x)
+    return np.abs(stats.mean.numpy() - mean).max() < 1e-9 and np.abs(stats.cov.numpy() - cov).max() < 1e-9
+
+
+@pytest.mark.parametrize("n", [2, 7, 8, 3000])
+def test_from_features_equals_numpy(n):
+    """By NumPy, far from zero, where sums of squares would lose digits; changes nothing and keeps nothing."""
+    x = normal(n, 7, 0) @ normal(7, 7, 1) + 1000
+    before = x.clone()
+    stats = metrics.FeatureStats.from_features(x)
+    assert torch.equal(x, before) and stats.n == n and len(stats.factor) <= 7
+    x += 1
+    assert agrees(stats, before)
+
+
+def test_load_reads_what_save_wrote(tmp_path):
+    """By NumPy."""
+    x = normal(30, 4, 0)
+    metrics.FeatureStats.from_features(x, MADE_BY).save(tmp_path / "ours.npz")
+    ours = metrics.FeatureStats.load(tmp_path / "ours.npz")
+    assert agrees(ours, x) and ours.n == 30 and ours.made_by == MADE_BY
+
+
+def test_load_reads_files_of_pytorch_fid(tmp_path):
+    """By pytorch-fid's names of arrays; half a made_by is none."""
+    x = normal(30, 4, 0)
+    y = normal(9, 4, 1)
+    mu, sigma = moments_of(x)
+    np.savez(tmp_path / "theirs.npz", mu=mu, sigma=sigma, weights="w")
+    theirs = metrics.FeatureStats.load(tmp_path / "theirs.npz")
+    assert abs(metrics.frechet_distance(theirs, y) - metrics.frechet_distance(x, y)) < 1e-9
+    assert theirs.n is None and theirs.made_by == {}
+    theirs.save(tmp_path / "again.npz")
+    assert metrics.FeatureStats.load(tmp_path / "again.npz").n is None
+
+
+def test_save_writes_what_pytorch_fid_reads(tmp_path):
+    """By np.load, which refuses pickles, as pytorch-fid calls it."""
+    x = normal(30, 4, 0)
+    metrics.FeatureStats.from_features(x, MADE_BY).save(tmp_path / "ours.npz")
+    mu, sigma = moments_of(x)
+    with np.load(tmp_path / "ours.npz") as ours:
+        assert np.abs(ours["mu"] - mu).max() < 1e-12 and np.abs(ours["sigma"] - sigma).max() < 1e-12
+
+
+def given_forms(images):
+    """The same images [50,3,8,12] in every form that measure takes."""
+    array = images.numpy()
+    frozen = array.copy()
+    frozen.flags.writeable = False
+    hwc = array.transpose(0, 2, 3, 1)
+    batches = [array[:1], array[1:1], images[1:20], hwc[20:]]
+    return images, array, frozen, array[::-1][::-1], hwc, batches, iter(batches)
+
+
+@pytest.mark.parametrize("form", range(7))
+def test_measure_takes_images_in_any_form(form, tiny):
+    """By the extractor itself, called once on all images."""
+    images = pixels(50, 3, 8, 12)
+    features, logits = tiny(images)
+    summary = metrics.measure(tiny, given_forms(images)[form])
+    assert summary.n == 50 and summary.size == "12 x 8"
+    assert (summary.features - features).abs().max() < 1e-6 and (summary.logits - logits).abs().max() < 1e-5
+    assert agrees(summary.stats, summary.features.double())
+
+
+def test_measure_refuses_what_are_no_images(tiny):
+    """By its docstring: uint8, four dimensions, one or three channels."""
+    images = pixels(50, 3, 8, 12)
+    array = images.numpy()
+    for wrong in (
+        images / 255,
+        images.int(),
+        array / 255,
+        images[0],
+        images[:, :2],
+        ["no"],
+        [images[0]],
+        [],
+        array[:0],
+    ):
+        with pytest.raises(metrics.UserError, match="uint8|no image"):
+            metrics.measure(tiny, wrong)
+
+
+def test_measure_reports_progress(tiny):
+    """By hand: batches of 8; an iterable's total is known at its end."""
+    images = pixels(20, 3, 8, 8)
+    calls = []
+    metrics.measure(tiny, images, progress=lambda *call: calls.append(call))
+    assert calls == [(0, 20), (8, 20), (16, 20), (20, 20)]
+    calls.clear()
+    metrics.measure(tiny, iter([images]), progress=lambda *call: calls.append(call))
+    assert calls == [(0, None), (8, None), (16, None), (20, 20)]
+
+
+@pytest.fixture
+def cache(tmp_path, tiny, monkeypatch):
+    """Measures images with a cache in the folder `cache.folder`; `cache.measured` counts the calls of measure."""
+    measure = metrics.measure
+    cache = SimpleNamespace(folder=tmp_path / "cache", measured=0, network=tiny, images=pixels(20, 3, 8, 8))
+
+    def counted(*args):
+        cache.measured += 1
+        return measure(*args)
+
+    monkeypatch.setattr(metrics, "measure", counted)
+    cache.measure = lambda: metrics.measure_cached(cache.network, cache.images, cache.folder)
+    return cache
+
+
+def test_measure_cached_measures_once(cache):
+    """By `measure`; without logits, which the cache does not keep."""
+    first = cache.measure()
+    second = cache.measure()
+    assert cache.measured == 1 and first.logits is None and second.logits is None
+    assert torch.equal(first.features, second.features) and torch.equal(first.features, cache.network(cache.images)[0])
+    assert first.size == second.size == "8 x 8" and torch.equal(first.stats.factor, second.stats.factor)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "torn", "short", "pickle", "other"])
+def test_measure_cached_makes_a_damaged_cache_anew(damage, cache):
+    """By the whole file, which comes back."""
+    features = cache.measure().features
+    (file,) = cache.folder.iterdir()
+    whole = file.read_bytes()
+    damaged = {"empty": b"", "cut": whole[:200], "torn": b"PK" + whole[2:900], "pickle": pickle.dumps([1])}
+    damaged |= {"short": npz(features=features[:7]), "other": npz(pictures=features)}
+    file.write_bytes(damaged[damage])
+    assert torch.equal(cache.measure().features, features) and torch.equal(cache.measure().features, features)
+    assert cache.measured == 2 and file.read_bytes() == whole
+
+
+def test_measure_cached_knows_other_images_and_networks(cache, extractor_file):
+    """By hand: one pixel, or other weights, is another file."""
+    cache.measure()
+    cache.images[3, 0, 0, 0] += 1
+    cache.measure()
+    cache.network = metrics.load_extractor(extractor_file)
+    cache.network.made_by["weights"] = "other"
+    cache.measure()
+    assert cache.measured == 3 and len(list(cache.folder.iterdir())) == 3
+
+
+def test_measure_cached_needs_no_cache(cache, tmp_path):
+    """By hand: a folder that cannot be made costs time alone."""
+    (tmp_path / "file").write_text("no folder")
+    cache.folder = tmp_path / "file" / "cache"
+    assert cache.measure().n == 20
+
+
+# ---- metrics.py: feature extractors
+@pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
     """{1000: file, 1008: file} with random weights of Inception v3; the scores that come of them are nobody's."""
-    folder, files = tmp_path_factory.mktemp("inception"), {}
+    folder = tmp_path_factory.mktemp("inception")
+    files = {}
     for classes in (1000, 1008):
         torch.manual_seed(classes)
         net = metrics.inception_v3(weights=None, init_weights=False, aux_logits=classes == 1000, num_classes=classes)
-        for m in net.modules():
-            if isinstance(m, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(m.weight)
-            elif isinstance(m, torch.nn.BatchNorm2d):
-                m.running_mean.normal_(0, 0.1), m.bias.data.normal_(0, 0.1)
-                m.running_var.uniform_(0.5, 1.5), m.weight.data.uniform_(0.5, 1.5)
+        for module in net.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight)
+            elif isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+                module.bias.data.normal_(0, 0.1)
+                module.weight.data.uniform_(0.5, 1.5)
         files[classes] = folder / f"random-{classes}.pth"
         torch.save(net.state_dict(), files[classes])
     return files
 
 
-def reference_inception(file, classes, x, monkeypatch):
-    """Features and logits of x [N,3,299,299] by torchvision's forward pass, with TensorFlow's pools for 1,008."""
-    net = metrics.inception_v3(weights=None, init_weights=False, aux_logits=classes == 1000, num_classes=classes).eval()
-    net.load_state_dict(torch.load(file))
-    pooled = []
-    net.avgpool.register_forward_hook(lambda module, args, output: pooled.append(output.flatten(1)))
-    with monkeypatch.context() as patch, torch.no_grad():
-        if classes == 1008:
-            average, last = F.avg_pool2d, []
-            net.Mixed_7c.register_forward_pre_hook(lambda module, args: last.append(True))
-
-            def pool(x, kernel_size, stride, padding):
-                if last:
-                    return F.max_pool2d(x, kernel_size, stride, padding)
-                return average(x, kernel_size, stride, padding, count_include_pad=False)
-
-            patch.setattr(F, "avg_pool2d", pool)
-        logits = net(x)
-    return pooled[0], logits - net.fc.bias if classes == 1008 else logits
-
-
-@pytest.mark.parametrize("classes", [1000, 1008])
-def test_inception_is_torchvisions_and_tensorflows(classes, inception_weights, monkeypatch):
-    file, resize = inception_weights[classes], "tf1" if classes == 1008 else "bilinear"
-    network, images = metrics.load_extractor(file), pixels(2, 3, 40, 32)
-    x = metrics.for_inception(images.float(), resize)
-    features, logits = reference_inception(file, classes, x, monkeypatch)
-    seen, said = network(images)
-    assert seen.shape == (2, 2048) and said.shape == (2, classes) and features.abs().mean() > 0.1
-    assert (seen - features).norm() < 1e-5 * features.norm() and (said - logits).norm() < 1e-5 * logits.norm()
-    weights = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    expected = {"network": f"random-{classes}", "weights": weights, "resize": resize, "dtype": "float32"}
-    assert network.made_by == expected and metrics.label("FID", expected) == f"FD(random-{classes})"
-    for published in ("0cc3c7bd00000000", "6726825d00000000"):  # only published weights make FID
-        assert metrics.label("FID", {**MADE_BY, "weights": published}) == "FID"
-    half = metrics.load_extractor(file, dtype="bfloat16")
-    short = half(images)[0]
-    assert short.dtype == torch.float32 and half.made_by == {**expected, "dtype": "bfloat16"}
-    assert 1e-4 < (short - features).norm() / features.norm() < 0.02
-
-
-@pytest.mark.parametrize("height,width", [(32, 48), (299, 299), (500, 301)])
-def test_resize_modes(height, width):
-    image = torch.randint(256, (3, height, width), generator=torch.Generator().manual_seed(0)).float()
-    resized = {mode: metrics.for_inception(image[None], mode)[0] for mode in metrics.RESIZES}
-    # clean-fid: Pillow's bicubic on floats, not rounded.
-    clean = [np.asarray(Image.fromarray(c.numpy()).resize((299, 299), Image.BICUBIC)).clip(0, 255) for c in image]
-    assert np.abs(resized["clean"].numpy() * 128 + 128 - np.stack(clean)).max() < 0.02
-
-    def matrix(n, mode):  # [299,n], from the definitions: the weights of a row's two neighbours
-        at = (np.arange(299) + 0.5) * n / 299 - 0.5 if mode == "bilinear" else np.arange(299) * n / 299
-        return np.maximum(0, 1 - np.abs(at.clip(0, n - 1)[:, None] - np.arange(n)))
-
-    for mode, scale, shift in (("bilinear", 127.5, 127.5), ("tf1", 128, 128)):
-        expected = matrix(height, mode) @ image.double().numpy() @ matrix(width, mode).T
-        assert np.abs(resized[mode].numpy() * scale + shift - expected).max() < 0.01
+def sha256(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 class Payload(str):
@@ -1418,32 +1618,58 @@ class Payload(str):
         return open, (str(self), "w")
 
 
-def test_weights_files_are_checked_and_never_unpickled(tmp_path, inception_weights, monkeypatch):
-    torch.save({"fc.weight": torch.zeros(1000, 3), "x": Payload(tmp_path / "ran")}, tmp_path / "bad.pth")
-    (tmp_path / "cut.pth").write_bytes(inception_weights[1000].read_bytes()[:1000])
-    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
-    digits = hashlib.sha256(inception_weights[1000].read_bytes()).hexdigest()[:8]
-    for name in (f"net-{digits}.pth", "net-0cc3c7bd.pth", "net-12.pth"):
-        (tmp_path / name).symlink_to(inception_weights[1000])
-    none, renamed = "no weights of Inception", f"SHA-256 begins with {digits}"
-    refused = [("bad.pth", f"{none}.* failed$"), ("cut.pth", none), ("other.pth", none), ("net-0cc3c7bd.pth", renamed)]
-    for name, hint in refused:
-        with pytest.raises(metrics.UserError, match=hint):
-            metrics.load_extractor(tmp_path / name)
-    for name in (f"net-{digits}.pth", "net-12.pth"):
-        assert metrics.load_extractor(tmp_path / name).made_by["weights"].startswith(digits)
+def test_load_extractor_says_what_made_the_features(inception_weights, extractor_file):
+    """By the SHA-256 of the files; the resize mode goes by the network."""
+    facts = metrics.load_extractor(extractor_file).made_by
+    expected = {"network": "tiny", "weights": sha256(extractor_file)[:16], "resize": "native", "dtype": "float32"}
+    assert facts == expected
+    for classes, resize in ((1000, "bilinear"), (1008, "tf1")):
+        file = inception_weights[classes]
+        facts = metrics.load_extractor(file).made_by
+        expected = {"network": f"random-{classes}", "weights": sha256(file)[:16], "resize": resize, "dtype": "float32"}
+        assert facts == expected
 
-    # "inception" is checked too; whatever keeps it from being had is one kind of error.
+
+@pytest.mark.parametrize("name", ["pickle", "cut", "other", "net-0cc3c7bd"])
+def test_load_extractor_refuses_damaged_and_unsafe_weights(name, tmp_path, inception_weights):
+    """By hand; a pickle's code does not run."""
+    whole = inception_weights[1000].read_bytes()
+    file = tmp_path / f"{name}.pth"
+    if name == "pickle":
+        torch.save({"fc.weight": torch.zeros(1000, 3), "x": Payload(tmp_path / "ran")}, file)
+    elif name == "other":
+        torch.save({"weight": torch.zeros(3)}, file)
+    else:
+        file.write_bytes(whole[:1000] if name == "cut" else whole)
+    hint = "SHA-256 begins with" if name == "net-0cc3c7bd" else f"{name}.pth is not a readable weights file[^\n]*$"
+    with pytest.raises(metrics.UserError, match=hint):
+        metrics.load_extractor(file)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_load_extractor_accepts_the_promised_checksum(tmp_path, inception_weights):
+    """By the SHA-256; fewer than eight digits promise nothing."""
+    digits = sha256(inception_weights[1000])
+    for name in (f"net-{digits[:8]}.pth", "net-12.pth"):
+        (tmp_path / name).symlink_to(inception_weights[1000])
+        assert metrics.load_extractor(tmp_path / name).made_by["weights"] == digits[:16]
+
+
+@pytest.mark.parametrize("home, hint", [("hub", "no network$"), ("damaged", "SHA-256"), ("~/hub", "TORCH_HOME")])
+def test_load_extractor_reports_missing_weights_in_one_way(home, hint, tmp_path, monkeypatch):
+    """By torch.hub's layout: whatever keeps the published weights away is one kind of error. ~: there is no home."""
+
     def offline(url, path, hash_prefix, progress):
-        assert path.endswith("hub/checkpoints/inception_v3_google-0cc3c7bd.pth") and hash_prefix == "0cc3c7bd"
+        assert path.endswith("checkpoints/inception_v3_google-0cc3c7bd.pth") and hash_prefix == "0cc3c7bd"
         raise OSError("no network\nat all")
 
+    damaged = tmp_path / "damaged/checkpoints/inception_v3_google-0cc3c7bd.pth"
+    damaged.parent.mkdir(parents=True)
+    torch.save({"x": Payload(tmp_path / "ran")}, damaged)
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    for home, hint in ((tmp_path / "hub", "no network$"), (tmp_path / "hub", "SHA-256"), ("~/hub", "TORCH_HOME")):
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(home))  # "~" where there is no home
-        with pytest.raises(metrics.WeightsMissing, match=hint):
-            metrics.load_extractor("inception")
-        torch.save({"x": Payload(tmp_path / "ran")}, tmp_path / "hub/checkpoints/inception_v3_google-0cc3c7bd.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: home if home[0] == "~" else str(tmp_path / home))
+    with pytest.raises(metrics.WeightsMissing, match=hint):
+        metrics.load_extractor("inception")
     assert not (tmp_path / "ran").exists()
 
 
@@ -1456,31 +1682,153 @@ def archive_with(extractor_file, path, end, content, beside=None):
                 target.writestr(part.rsplit("/", 1)[0] + "/" + beside[0], beside[1])
 
 
-def test_programs_never_unpickle(tmp_path, extractor_file, caplog, capfd):
-    payload, pickled = Payload(tmp_path / "ran"), io.BytesIO()
+def pickled_config(name):
+    """A program's table of weights or constants that names a pickled one."""
+    entry = {"path_name": name, "is_param": False, "use_pickle": True, "tensor_meta": None}
+    return json.dumps({"config": {"weight": entry}})
+
+
+@pytest.mark.parametrize("kind", ["inputs", "weight", "constant", "library", "cut", "torn"])
+def test_load_program_never_runs_code(kind, tmp_path, extractor_file, caplog, capfd):
+    """By torch.export's own format, with a pickle or a library in each place that may hold one."""
+    payload = Payload(tmp_path / "ran")
+    pickled = io.BytesIO()
     torch.save(((payload,), {}), pickled)
-    entry = {"is_param": False, "use_pickle": True, "tensor_meta": None}
-    config = lambda name: json.dumps({"config": {"weight": {"path_name": name, **entry}}})
-    torn = bytearray(extractor_file.read_bytes())
-    torn[torn.index(b"models/model.json") + 200] ^= 1
-    changes = [
-        (".pt", pickled.getvalue()),  # sample inputs
-        ("weights_config.json", config("weight_9"), ("weight_9", pickled.getvalue())),
-        ("constants_config.json", config("opaque_obj_0"), ("opaque_obj_0", pickle.dumps(payload))),
-        ("archive_version", b"0", ("data/aotinductor/model/m.so", b"a library")),
-    ]
-    for i, change in enumerate([*changes, extractor_file.read_bytes()[:1000], torn]):
-        file = tmp_path / f"{i}.pt2"
-        archive_with(extractor_file, file, *change) if isinstance(change, tuple) else file.write_bytes(change)
-        with pytest.raises(metrics.UserError, match=f"{i}.pt2 is no .pt2 program.*safely: [^\n]*$"):
-            metrics.load_extractor(file)
+    changes = {
+        "inputs": (".pt", pickled.getvalue()),
+        "weight": ("weights_config.json", pickled_config("weight_9"), ("weight_9", pickled.getvalue())),
+        "constant": ("constants_config.json", pickled_config("opaque_obj_0"), ("opaque_obj_0", pickle.dumps(payload))),
+        "library": ("archive_version", b"0", ("data/aotinductor/model/m.so", b"a library")),
+    }
+    file = tmp_path / "net.pt2"
+    whole = bytearray(extractor_file.read_bytes())
+    if kind in changes:
+        archive_with(extractor_file, file, *changes[kind])
+    else:
+        whole[whole.index(b"models/model.json") + 200] ^= 1
+        file.write_bytes(whole[:1000] if kind == "cut" else whole)
+    with pytest.raises(metrics.UserError, match="net.pt2 is not a readable .pt2 program for torch [^\n]*$"):
+        metrics.load_extractor(file)
     assert not (tmp_path / "ran").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
     assert not caplog.records and capfd.readouterr().err == ""  # torch.export would log tracebacks
+
+
+def test_load_program_takes_a_rewritten_archive(tmp_path, extractor_file):
+    """By the archive itself: what the tests above refuse is not the rewriting."""
     archive_with(extractor_file, tmp_path / "same.pt2", "nothing", b"")
     assert metrics.load_extractor(tmp_path / "same.pt2")(pixels(2, 3, 8, 8))[0].shape == (2, 48)
 
 
-# ---- metrics: files
+def test_extractor_gives_a_programs_outputs(tiny):
+    """By PyTorch: the program's features are 4 x 4 pixels of the images in [0,1]."""
+    images = pixels(5, 3, 8, 12)
+    features, logits = tiny(images)
+    plain = F.interpolate(images.float() / 255, size=(4, 4), mode="bilinear").flatten(1)
+    assert (features - plain).abs().max() < 1e-6 and logits.shape == (5, 5)
+
+
+def test_extractor_ignores_autocast(tiny):
+    """By hand: the program itself computes otherwise under autocast."""
+    images = pixels(5, 3, 8, 12)
+    _, logits = tiny(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tiny(images)[1], logits) and logits.dtype == torch.float32
+        assert not torch.equal(tiny.network(images.float() / 255)[1], logits)
+
+
+def test_extractor_computes_without_tf32():
+    """By torch's own settings, which are as before afterwards."""
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    seen = []
+
+    def network(x):
+        seen.append((conv.fp32_precision, matmul.fp32_precision))
+        return x.mean(dim=(2, 3))
+
+    before = conv.fp32_precision, matmul.fp32_precision
+    metrics.Extractor(network, "net", "0" * 16)(pixels(5, 3, 8, 12))
+    assert seen == [("ieee", "ieee")] and (conv.fp32_precision, matmul.fp32_precision) == before
+
+
+@pytest.mark.parametrize("outputs", [torch.zeros(2, 3, 4), (torch.zeros(2, 3), torch.zeros(1, 3)), None, "text"])
+def test_extractor_refuses_other_outputs(outputs):
+    """By its docstring."""
+    network = metrics.Extractor(lambda x: outputs, "net", "0" * 16)
+    with pytest.raises(metrics.UserError, match=r"net computes no features \[N,d\] .*: [^\n]*$"):
+        network(pixels(2, 3, 8, 8))
+
+
+def reference_inception(file, classes, x, monkeypatch):
+    """Features and logits of x [N,3,299,299] by torchvision's forward pass, with TensorFlow's pools for 1,008."""
+    net = metrics.inception_v3(weights=None, init_weights=False, aux_logits=classes == 1000, num_classes=classes).eval()
+    net.load_state_dict(torch.load(file))
+    pooled = []
+    net.avgpool.register_forward_hook(lambda module, args, output: pooled.append(output.flatten(1)))
+    if classes == 1000:
+        return net(x), pooled[0]
+    average = F.avg_pool2d
+    last = []
+    net.Mixed_7c.register_forward_pre_hook(lambda module, args: last.append(True))
+
+    def pool(x, kernel_size, stride, padding):
+        if last:
+            return F.max_pool2d(x, kernel_size, stride, padding)
+        return average(x, kernel_size, stride, padding, count_include_pad=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "avg_pool2d", pool)
+        return net(x) - net.fc.bias, pooled[0]
+
+
+@pytest.mark.parametrize("classes", [1000, 1008])
+@torch.no_grad()
+def test_inception_equals_torchvisions_and_tensorflows(classes, inception_weights, monkeypatch):
+    """By torchvision; for the TensorFlow network by torchvision with other pools and no bias."""
+    network = metrics.load_extractor(inception_weights[classes])
+    images = pixels(2, 3, 40, 32)
+    x = metrics.for_inception(images.float(), network.made_by["resize"])
+    expected = reference_inception(inception_weights[classes], classes, x, monkeypatch)
+    features, logits = network(images)
+    assert features.shape == (2, 2048) and logits.shape == (2, classes) and features.abs().mean() > 0.1
+    for ours, theirs in zip((logits, features), expected, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+def test_inception_in_bfloat16_is_close(inception_weights):
+    """By the float32 network."""
+    images = pixels(2, 3, 40, 32)
+    whole, _ = metrics.load_extractor(inception_weights[1000])(images)
+    half = metrics.load_extractor(inception_weights[1000], dtype="bfloat16")
+    short, logits = half(images)
+    assert half.made_by["dtype"] == "bfloat16" and short.dtype == logits.dtype == torch.float32
+    assert 1e-4 < (short - whole).norm() / whole.norm() < 0.02
+
+
+@pytest.mark.parametrize("height, width", [(32, 48), (299, 299), (500, 301)])
+def test_for_inception_clean_is_pillows_bicubic(height, width):
+    """By Pillow's bicubic on floats, not rounded, as clean-fid computes it."""
+    image = pixels(3, height, width).float()
+    channels = [Image.fromarray(channel.numpy()).resize((299, 299), Image.BICUBIC) for channel in image]
+    expected = np.stack(channels).clip(0, 255)
+    assert np.abs(metrics.for_inception(image[None], "clean")[0].numpy() * 128 + 128 - expected).max() < 0.02
+
+
+@pytest.mark.parametrize("height, width", [(32, 48), (299, 299), (500, 301)])
+@pytest.mark.parametrize("mode, scale", [("bilinear", 127.5), ("tf1", 128)])
+def test_for_inception_bilinear_and_tf1_equal_their_definitions(mode, scale, height, width):
+    """By the definitions: the weights [299,n] of a row's two neighbours."""
+
+    def weights(n):
+        at = (np.arange(299) + 0.5) * n / 299 - 0.5 if mode == "bilinear" else np.arange(299) * n / 299
+        return np.maximum(0, 1 - np.abs(at.clip(0, n - 1)[:, None] - np.arange(n)))
+
+    image = pixels(3, height, width)
+    expected = weights(height) @ image.double().numpy() @ weights(width).T
+    resized = metrics.for_inception(image[None].float(), mode)[0]
+    assert np.abs(resized.numpy() * scale + scale - expected).max() < 0.01
+
+
+# ---- metrics.py: images and files
 def npz(place=None, change=b"", **arrays):
     """The bytes of an .npz with a change at a place, counted from the first entry of its directory if negative."""
     file = io.BytesIO()
@@ -1511,108 +1859,266 @@ DAMAGED = {  # NumPy raises an error of another kind for each of the first seven
 }
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_arrays_are_one_sentence(name, tmp_path, folder, capsys):
-    (file := tmp_path / "file.npz").write_bytes(DAMAGED[name])
-    with pytest.raises(metrics.UserError, match="file.npz [^\n]*$"):
-        metrics.FeatureStats.load(file)
-    assert "file.npz" in metrics_fail(capsys, folder, file, "--extractor", "nowhere")
+@contextlib.contextmanager
+def failing_write(path, failure):
+    """Asserts that a write of the file in this block, interrupted half way, leaves the earlier content alone."""
+    path.write_bytes(b"before")
+    with pytest.raises(failure) as caught:
+        yield
+    assert getattr(caught.value, "filename", str(path)) == str(path)
+    assert list(path.parent.iterdir()) == [path] and path.read_bytes() == b"before"
 
 
 @pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])
-def test_files_are_written_atomically(failure, tmp_path, monkeypatch):
-    stats, file, names = metrics.FeatureStats(3, MADE_BY).update(normal(9, 3, 0)), tmp_path / "stats.npz", set()
-    stats.save(file)
-    before = file.read_bytes()
-
-    def fail(target, **arrays):
-        names.add(Path(target.name).parent)
-        target.write(b"half")
+def test_atomic_write_leaves_the_old_file_whole(failure, tmp_path):
+    """By hand: half a file never appears under the name, and nothing stays beside it."""
+    path = tmp_path / "file"
+    with failing_write(path, failure), metrics.atomic_write(path) as file:
+        file.write(b"half")
+        file.flush()
+        (part,) = [other for other in tmp_path.iterdir() if other != path]
+        assert part.name[0] == "." and part.suffix == ".part" and path.read_bytes() == b"before"
         raise failure
 
-    with monkeypatch.context() as patch, pytest.raises(failure) as caught:
-        patch.setattr(np, "savez", fail)
-        stats.save(file)
-    assert getattr(caught.value, "filename", str(file)) == str(file)
-    assert names == {tmp_path} and list(tmp_path.iterdir()) == [file] and file.read_bytes() == before
+
+def test_atomic_write_makes_the_folder_and_replaces_the_file(tmp_path):
+    """By hand."""
+    for content in (b"first", b"second"):
+        with metrics.atomic_write(tmp_path / "new" / "file") as file:
+            file.write(content)
+        assert [(path.name, path.read_bytes()) for path in (tmp_path / "new").iterdir()] == [("file", content)]
 
 
-def test_folder_reads_every_image_and_names_the_rest(tmp_path, extractor_file, capsys):
-    (folder := tmp_path / "a").mkdir()
+@pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])
+def test_save_is_atomic(failure, tmp_path, monkeypatch):
+    """By `atomic_write`."""
+    stats = metrics.FeatureStats.from_features(normal(9, 3, 0))
+
+    def fail(file, **arrays):
+        file.write(b"half")
+        raise failure
+
+    monkeypatch.setattr(np, "savez", fail)
+    with failing_write(tmp_path / "stats.npz", failure):
+        stats.save(tmp_path / "stats.npz")
+
+
+@pytest.mark.parametrize(
+    "error, shown",
+    [
+        (PermissionError(13, "Permission denied", "x"), "PermissionError: Permission denied"),
+        (urllib.error.URLError("no network"), "URLError: <urlopen error no network>"),
+        (KeyError("mu"), "KeyError: 'mu'"),
+        (metrics.UserError("features must be finite"), "features must be finite"),
+        (RuntimeError("Unreadable. Unpickle it\nand be sorry"), "RuntimeError: Unreadable"),
+        (zipfile.BadZipFile("x" * 200), f"BadZipFile: {'x' * 150}"),
+    ],
+)
+def test_reading_reports_a_failure_in_one_sentence(error, shown):
+    """By hand: the file, what it should be, the kind of error and its first sentence, without advice to unpickle."""
+    with pytest.raises(metrics.UserError) as caught, metrics.reading("file.npz", "file of features"):
+        raise error
+    assert str(caught.value) == f"file.npz is not a readable file of features: {shown}"
+
+
+@pytest.mark.parametrize("error", [ImportError("no module"), MemoryError()])
+def test_reading_lets_other_errors_pass(error):
+    """By hand: these say nothing of the file."""
+    with pytest.raises(type(error)) as caught, metrics.reading("file.npz", "file of features"):
+        raise error
+    assert caught.value is error
+
+
+def plain_stream(monkeypatch, **more):
+    """Puts a notebook's or a logger's stream, without isatty, in place of stderr and stdout; `now` is the time."""
+    text = io.StringIO()
+    stream = SimpleNamespace(write=text.write, flush=text.flush, text=text.getvalue, now=0.0, **more)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: stream.now))
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "stdout", stream)
+    return stream
+
+
+def show_progress(stream, total):
+    """Calls a Progress at four times, the last with its end."""
+    progress = metrics.Progress("net")
+    for stream.now, done, of in ((0.1, 1, total), (40, 40, total), (41, 41, total), (100, 100, 100)):
+        progress(done, of)
+    return stream.text()
+
+
+@pytest.mark.parametrize("total, first", [(100, "net: 40 of 100, 1:00 left"), (None, "net: 40")])
+def test_progress_renews_one_line_in_a_terminal(total, first, monkeypatch):
+    """By hand: at most twice a second, and the end is always shown."""
+    stream = plain_stream(monkeypatch, isatty=lambda: True)
+    second = "net: 41 of 100, 0:59 left" if total else "net: 41"
+    lines = [first, second, "net: 100 of 100, 0:00 left"]
+    assert show_progress(stream, total) == "".join(f"\r\x1b[K{line}" for line in lines) + "\n"
+
+
+@pytest.mark.parametrize("more", [{"isatty": lambda: False}, {}])
+def test_progress_prints_a_line_every_half_minute_elsewhere(more, monkeypatch):
+    """By hand."""
+    stream = plain_stream(monkeypatch, **more)
+    assert show_progress(stream, 100) == "net: 40 of 100, 1:00 left\nnet: 100 of 100, 0:00 left\n"
+
+
+def test_progress_starts_at_nothing(monkeypatch):
+    """By hand: before the first image is done no time is known."""
+    stream = plain_stream(monkeypatch)
+    progress = metrics.Progress("two\nlines")
+    stream.now = 60
+    progress(0, 100)
+    assert stream.text() == "two\\nlines: 0\n"
+
+
+def picture_folder(path):
+    """Five images of four formats and two sizes, with any names, and two files that are none."""
+    path.mkdir(parents=True)
     for name, kind in (("1.png", "PNG"), ("2.gif", "GIF"), ("3.jfif", "JPEG"), ("4", "WEBP")):
-        to_pil_image(pixels(3, 9, 8)).save(folder / name, kind)
-    to_pil_image(pixels(3, 30, 9)).save(folder / "6.png")
-    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(folder / "float.tiff")
-    (folder / "notes.txt").write_text("no picture")
-    images, network = metrics.Folder(tmp_path), metrics.load_extractor(extractor_file)
+        to_pil_image(pixels(3, 9, 8)).save(path / name, kind)
+    to_pil_image(pixels(3, 30, 9)).save(path / "6.png")
+    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(path / "float.tiff")
+    (path / "notes.txt").write_text("no picture")
+
+
+def test_folder_reads_every_image_in_order(tmp_path, tiny):
+    """By read_image, file by file."""
+    picture_folder(tmp_path / "a")
+    images = metrics.Folder(tmp_path)
     read = list(metrics.batches(images, 4))
     assert sum(map(len, read)) == len(images) == 5 and max(map(len, read)) <= 4
-    files = [file for file in images.files if file not in images.skipped]  # features come in their order
-    singles = torch.cat([network(metrics.read_image(tmp_path / file)[None])[0] for file in files])
-    assert (metrics.measure(network, images).features - singles).abs().max() < 1e-6
-    note = scores_of(capsys, tmp_path, tmp_path, "--extractor", extractor_file)["notes"][-1]
-    assert f"{tmp_path}: skipped 2 files" in note and "a/float.tiff (floating-point" in note and "a/notes.txt (" in note
-    dark = bmp_folder(tmp_path / "dark", 10)
-    assert "dark, from 0 to 10" in scores_of(capsys, dark, dark, "--extractor", extractor_file)["notes"][-1]
+    files = [file for file in images.files if file not in images.skipped]
+    singles = [tiny(metrics.read_image(tmp_path / file)[None])[0] for file in files]
+    assert (metrics.measure(tiny, images).features - torch.cat(singles)).abs().max() < 1e-6
 
 
-# ---- metrics: the command
+def test_folder_reads_more_than_its_threads_hold(tmp_path):
+    """By hand: 70 images, each of one value, come in the order of their names and in whole batches."""
+    for i in range(70):
+        to_pil_image(torch.full((1, 2, 2), i, dtype=torch.uint8)).save(tmp_path / f"{i:02}.png")
+    read = list(metrics.Folder(tmp_path).read(8))
+    assert torch.cat(read)[:, 0, 0, 0].tolist() == list(range(70)) and {len(batch) for batch in read[:-1]} == {8}
+
+
+# ---- metrics.py: the command
 def metrics_fail(capsys, *argv):
     """The one line that a command ends with; asserts exit status 2."""
     capsys.readouterr()
     assert metrics.main([str(word) for word in argv]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.err.startswith("metrics.py: error: "), captured.err
-    assert captured.out == "" and len(captured.err) <= 201
+    assert captured.out == "" and len(captured.err) <= 321
     return captured.err
 
 
-def scores_of(capsys, *argv):
+def result_of(capsys, *argv):
     capsys.readouterr()
     assert metrics.main([*(str(word) for word in argv), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
-def test_command_reads_folders_arrays_and_statistics(tmp_path, folder, extractor_file, capsys):
-    images = torch.stack([pil_to_tensor(Image.open(file)) for file in sorted(folder.rglob("*.png"))])
-    hwc, use = images.permute(0, 2, 3, 1).numpy(), ["--extractor", extractor_file]
-    np.savez(tmp_path / "chw.npz", images=images.numpy())
-    np.savez(tmp_path / "other.npz", images=hwc // 2)
-    for name, array in {
-        "hwc": hwc,
-        "gray": hwc[..., 0],
-        "spread": hwc[..., [0] * 3],
-        "small": hwc[:, ::2, ::2],
-    }.items():
-        np.save(tmp_path / f"{name}.npy", array)
-    score = lambda real, fake, *more: scores_of(capsys, tmp_path / real, tmp_path / fake, *use, *more)
-    whole = score(folder, "other.npz")
-    expected, checksum = whole.pop("scores"), hashlib.sha256(extractor_file.read_bytes()).hexdigest()[:16]
-    assert "24 images bias" in whole.pop("notes")[0] and whole == {
-        "real": str(folder), "n_real": 24, "fake": str(tmp_path / "other.npz"), "n_fake": 24, "saved": None,
-        "network": "tiny", "weights": checksum, "resize": "native", "dtype": "float32",
-    }  # fmt: skip
-    for side in ("hwc.npy", "chw.npz"):
-        assert score(side, "other.npz")["scores"] == pytest.approx(expected, abs=1e-9)
-    assert "18 x 20 and 9 x 10" in str(score(folder, "small.npy")["notes"])
-    assert score("gray.npy", "spread.npy")["scores"]["FD(tiny)"] < 1e-9
-    assert scores_of(capsys, folder, "--out", tmp_path / "real.npz", *use)["scores"] == {}
-    (tmp_path / "renamed.pt2").symlink_to(extractor_file)  # the weights count, not the file's name
-    saved = score("real.npz", "other.npz", "--extractor", tmp_path / "renamed.pt2")
-    assert "left out: kid, prdc (" in saved["notes"][-1]
-    saved = saved["scores"]
-    assert list(saved) == ["FD(tiny)", "IS(tiny)", "IS std"] and abs(saved["FD(tiny)"] - expected["FD(tiny)"]) < 1e-9
-    assert scores_of(capsys, *[tmp_path / "real.npz"] * 2)["scores"]["FD(tiny)"] < 1e-9  # no network is loaded
-    np.savez(tmp_path / "both.npz", arr_0=hwc, mu=np.zeros(48), sigma=np.eye(48))  # another tool's; images count first
-    assert score("both.npz", "other.npz")["scores"] == pytest.approx(expected, abs=1e-9)
-    assert "do not say" in str(score("both.npz", "other.npz", "--metrics", "fid")["notes"])
-    swd = scores_of(capsys, folder, tmp_path / "other.npz", "--metrics", "swd", "--extractor", "nowhere")
-    assert list(swd["scores"]) == ["SWD"] and "network" not in swd and swd["n_fake"] == 24
+@pytest.fixture
+def score(tmp_path, extractor_file, capsys):
+    """score(real, fake, *options): the result of a command line, by the tiny network."""
+    return lambda *argv: result_of(capsys, "--extractor", extractor_file, *argv)
+
+
+@pytest.fixture
+def sets(folder, tmp_path):
+    """The folder's images [24,H,W,3], and files of them and of half their values below tmp_path."""
+    images = np.stack([np.asarray(Image.open(file)) for file in sorted(folder.rglob("*.png"))])
+    np.savez(tmp_path / "chw.npz", images=images.transpose(0, 3, 1, 2))
+    np.savez(tmp_path / "other.npz", images=images // 2)
+    np.save(tmp_path / "hwc.npy", images)
+    np.save(tmp_path / "gray.npy", images[..., 0])
+    np.save(tmp_path / "spread.npy", images[..., [0] * 3])
+    np.save(tmp_path / "small.npy", images[:, ::2, ::2])
+    np.savez(tmp_path / "both.npz", arr_0=images, mu=np.zeros(48), sigma=np.eye(48))  # as ADM's reference batches
+    return images
+
+
+def test_run_says_what_was_scored(score, sets, folder, tmp_path, extractor_file):
+    """By hand."""
+    result = score(folder, tmp_path / "other.npz")
+    assert list(result.pop("scores")) == TINY_SCORES and "24 images bias" in result.pop("notes")[0]
+    facts = {"real": str(folder), "n_real": 24, "fake": str(tmp_path / "other.npz"), "n_fake": 24, "saved": None}
+    made_by = {"network": "tiny", "weights": sha256(extractor_file)[:16], "resize": "native", "dtype": "float32"}
+    assert result == facts | made_by
+
+
+@pytest.mark.parametrize("form", ["hwc.npy", "chw.npz", "both.npz"])
+def test_run_reads_images_in_any_form(form, score, sets, folder, tmp_path):
+    """By the folder of the same images; of a file with images and statistics the images count."""
+    expected = score(folder, tmp_path / "other.npz")["scores"]
+    assert score(tmp_path / form, tmp_path / "other.npz")["scores"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_run_takes_gray_images_as_equal_channels(score, sets, tmp_path):
+    """By hand."""
+    assert score(tmp_path / "gray.npy", tmp_path / "spread.npy")["scores"]["FD(tiny)"] < 1e-9
+
+
+def test_run_notes_other_sizes(score, sets, folder, tmp_path):
+    """By hand."""
+    assert "18 x 20 and 9 x 10" in str(score(folder, tmp_path / "small.npy")["notes"])
+
+
+def test_run_saves_statistics_that_stand_for_the_images(score, sets, folder, tmp_path, extractor_file):
+    """By the images themselves; the weights count, not the name of their file."""
+    expected = score(folder, tmp_path / "other.npz")["scores"]
+    saved = score(folder, "--out", tmp_path / "real.npz")
+    assert saved["scores"] == {} and saved["saved"] == str(tmp_path / "real.npz")
+    (tmp_path / "renamed.pt2").symlink_to(extractor_file)
+    result = score(tmp_path / "real.npz", tmp_path / "other.npz", "--extractor", tmp_path / "renamed.pt2")
+    assert list(result["scores"]) == TINY_SCORES[:3] and "left out: kid, prdc (" in result["notes"][-1]
+    assert abs(result["scores"]["FD(tiny)"] - expected["FD(tiny)"]) < 1e-9
+
+
+def test_run_of_two_statistics_loads_no_network(sets, tmp_path, capsys):
+    """By hand: the default network is not on this disk, and nothing is downloaded."""
+    metrics.FeatureStats.from_features(normal(60, 4, 0), MADE_BY).save(tmp_path / "stats.npz")
+    result = result_of(capsys, tmp_path / "stats.npz", tmp_path / "stats.npz", "--extractor", "nowhere")
+    assert result["scores"]["FD(n)"] < 1e-9 and result["n_real"] == 60 and result["network"] == "n"
+    assert "left out: is, kid, prdc" in result["notes"][-1]
+
+
+def test_run_notes_statistics_of_unknown_origin(score, sets, folder, tmp_path):
+    """By hand."""
+    np.savez(tmp_path / "theirs.npz", mu=np.zeros(48), sigma=np.eye(48))
+    assert "do not say what made them" in str(score(tmp_path / "theirs.npz", folder)["notes"])
+
+
+def test_run_of_swd_needs_no_network(sets, folder, tmp_path, capsys):
+    """By sliced_wasserstein."""
+    result = result_of(capsys, folder, tmp_path / "hwc.npy", "--metrics", "swd", "--extractor", "nowhere")
+    other = metrics.sliced_wasserstein(metrics.Folder(folder), sets)
+    assert result["scores"] == {"SWD": other} and "network" not in result and result["n_fake"] == 24
+
+
+def test_run_gives_the_scores_that_were_asked_for(score, sets, folder, tmp_path):
+    """By hand."""
+    result = score(folder, tmp_path / "other.npz", "--metrics", "swd,fid")
+    assert list(result["scores"]) == ["FD(tiny)", "SWD"] and "left out" not in str(result["notes"])
+
+
+def test_run_notes_files_that_are_no_images(score, tmp_path):
+    """By hand."""
+    picture_folder(tmp_path / "a")
+    note = score(tmp_path, tmp_path)["notes"][-1]
+    assert f"{tmp_path}: skipped 2 files" in note and "a/float.tiff (floating-point" in note and "a/notes.txt (" in note
+
+
+def test_run_notes_dark_images(score, tmp_path):
+    """By hand."""
+    dark = bmp_folder(tmp_path / "dark", 10)
+    assert "dark images, from 0 to 10" in score(dark, dark)["notes"][-1]
 
 
 COMMAND_ERRORS = """
 {folder} | --out;  {folder} --out {tmp}/stats.txt | an .npz;  {folder} --out {tmp}/stats.npz --metrics fid | FAKE
-{folder} --out {tmp}/keys.npz | no feature statistics;  {folder} {tmp}/nowhere | neither a folder
+{folder} --out {tmp}/keys.npz | not a readable file of feature statistics;  {folder} {tmp}/nowhere | neither a folder
+{folder} --out {tmp}/new/stats.npz | that exists;  {folder} {tmp}/wide.npy --metrics swd --extractor no | one size
 {folder} {tmp}/empty | 0 images;  {folder} {tmp}/text --extractor {tiny} | no image;  {folder} {tmp}/floats.npy | uint8
 {folder} {tmp}/keys.npz | holds neither;  {folder} {tmp}/wide.npz --extractor {tiny} --metrics fid | dimensions
 {tmp}/clean.npz {folder} --extractor {tiny} | resize clean;  {folder} {folder} --metrics fid,foo | no score 'foo'
@@ -1622,79 +2128,75 @@ COMMAND_ERRORS = """
 
 
 @pytest.mark.parametrize(
-    "argv,hint", [*cases(COMMAND_ERRORS), ("{folder} {folder} --extractor {tmp}/" + "long/" * 90, "no extractor")]
+    "argv, hint", [*cases(COMMAND_ERRORS), ("{folder} {folder} --extractor {tmp}/" + "long/" * 90, "no extractor")]
 )
-def test_command_errors(argv, hint, tmp_path, folder, extractor_file, capsys):
-    (tmp_path / "empty").mkdir(), (tmp_path / "text").mkdir()
-    (tmp_path / "text/0.png").write_text("no picture"), (tmp_path / "text/1.png").write_text("no picture")
+def test_main_refuses_in_one_line(argv, hint, tmp_path, folder, extractor_file, capsys):
+    """By the manual; nothing is written."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    for name in ("0.png", "1.png"):
+        (tmp_path / "text" / name).write_text("no picture")
     np.save(tmp_path / "floats.npy", np.zeros((4, 8, 8, 3)))
+    np.save(tmp_path / "wide.npy", np.zeros((4, 16, 99, 3), np.uint8))
     np.savez(tmp_path / "keys.npz", pictures=np.zeros((4, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "wide.npz", mu=np.zeros(5), sigma=np.eye(5))
-    metrics.FeatureStats(48, {**MADE_BY, "resize": "clean"}).update(normal(60, 48, 0)).save(tmp_path / "clean.npz")
+    clean = metrics.FeatureStats.from_features(normal(60, 48, 0), {**MADE_BY, "resize": "clean"})
+    clean.save(tmp_path / "clean.npz")
     before = sorted(tmp_path.rglob("*"))
     words = [word.format(folder=folder, tmp=tmp_path, tiny=extractor_file) for word in argv.split()]
     assert hint in metrics_fail(capsys, *words) and sorted(tmp_path.rglob("*")) == before
 
 
-def test_refusals():
-    x = normal(5, 3, 0)
-    for call, hint in (
-        (lambda: metrics.frechet_distance(x[:1], x), "at least 2"),
-        (lambda: metrics.frechet_distance(x.abs() / 0, x), "finite"),
-        (lambda: metrics.inception_score(x[:0]), "at least 1"),
-        (lambda: metrics.kernel_distance(x[:1], x), ">= 2"),
-        (lambda: metrics.precision_recall(x, x, k=5), "from 1 to 4"),
-        (lambda: metrics.sliced_wasserstein(pixels(2, 3, 32, 32), pixels(2, 1, 32, 32)), "one size"),
-        (lambda: metrics.sliced_wasserstein(pixels(2, 3, 8, 32), pixels(2, 3, 8, 32)), "16 x 16"),
-    ):
-        with pytest.raises(metrics.UserError, match=hint):
-            call()
+@pytest.mark.parametrize("name", DAMAGED)
+def test_main_reports_damaged_arrays_in_one_line(name, tmp_path, folder, capsys):
+    """By NumPy's format, damaged in all ways known."""
+    file = tmp_path / "file.npz"
+    file.write_bytes(DAMAGED[name])
+    with pytest.raises(metrics.UserError, match="file.npz [^\n]*$"):
+        metrics.FeatureStats.load(file)
+    assert "file.npz" in metrics_fail(capsys, folder, file, "--extractor", "nowhere")
 
 
-def test_names_that_no_terminal_can_show(tmp_path, extractor_file, monkeypatch):
-    (root := tmp_path / os.fsdecode(b"latin1-\xe9 \xe2\x82\xac\nline")).mkdir()
-    network, out, err = root / os.fsdecode(b"net\xe9.pt2"), *(io.TextIOWrapper(io.BytesIO(), "ascii") for _ in range(2))
+def test_main_prints_names_that_no_terminal_can_show(tmp_path, extractor_file, monkeypatch):
+    """By hand: in a terminal of ASCII, control characters and bytes that are no text are escapes."""
+    root = tmp_path / os.fsdecode(b"latin1-\xe9 \xe2\x82\xac\nline")
+    root.mkdir()
+    network = root / os.fsdecode(b"net\xe9.pt2")
     network.write_bytes(extractor_file.read_bytes())
     for i in range(3):
         to_pil_image(pixels(3, 8, 8, seed=i)).save(root / f"{i}.png")
-    monkeypatch.setattr(sys, "stdout", out), monkeypatch.setattr(sys, "stderr", err)
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    err = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
     argv = [str(root), str(root), "--extractor", str(network)]
-    assert metrics.main(argv) == 0 and metrics.main([*argv, "--out", str(root / "s.npz"), "--json"]) == 0
+    assert metrics.main(argv) == 0 and metrics.main([*argv, "--json"]) == 0
     assert metrics.main([str(root), str(root / "nowhere"), *argv[2:]]) == 2
-    cached = metrics.measure_cached(metrics.load_extractor(network), pixels(3, 3, 8, 8), root / "cache")
-    assert metrics.FeatureStats.load(root / "s.npz").made_by == cached.stats.made_by
-    out.flush(), err.flush()
+    out.flush()
+    err.flush()
     lines = out.buffer.getvalue().decode("ascii").splitlines()
     assert lines[0] == f"real: {tmp_path}/latin1-\\udce9 \\u20ac\\nline" and err.buffer.getvalue().count(b"\n") == 1
     assert any(line.startswith("FD(net\\udce9)") for line in lines) and "net\\udce9.pt2 (" in "\n".join(lines)
 
 
-@pytest.mark.parametrize("terminal,total", [(False, 100), (True, 100), (True, None), (None, 100)])
-def test_progress_on_any_stream(terminal, total, monkeypatch):
-    now, text = [0.0], io.StringIO()
-    stream = SimpleNamespace(write=text.write, flush=text.flush)  # a notebook's or a logger's, without isatty
-    if terminal is not None:
-        stream.isatty = lambda: terminal
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(sys, "stdout", stream)
-    progress = metrics.show_progress("net")
-    for now[0], done, of in ((0.1, 1, total), (40, 40, total), (41, 41, total), (100, 100, 100)):
-        progress(done, of)
-    first = "net: 40 of 100 images, 1:00 left" if total else "net: 40 images"
-    start, lines = (f"\r\x1b[K{first}\r\x1b[K", 1) if terminal else (f"{first}\n", 2)
-    shown = text.getvalue()
-    assert shown.startswith(start) and shown.endswith("0:00 left\n") and shown.count("\n") == lines
-    assert metrics.main(["nowhere"]) == 2 and "error: give FAKE" in text.getvalue()
+def test_main_keeps_names_that_are_no_text_in_files(tmp_path, extractor_file, folder, capsys):
+    """By hand: statistics and the cache carry the network's name as it is."""
+    file = tmp_path / os.fsdecode(b"net\xe9.pt2")
+    file.write_bytes(extractor_file.read_bytes())
+    assert metrics.main([str(folder), "--extractor", str(file), "--out", str(tmp_path / "s.npz")]) == 0
+    network = metrics.load_extractor(file)
+    for _ in range(2):
+        cached = metrics.measure_cached(network, pixels(3, 3, 8, 8), tmp_path / "cache")
+        assert metrics.FeatureStats.load(tmp_path / "s.npz").made_by == cached.stats.made_by
 
 
-def test_interrupts_are_quiet(tmp_path, monkeypatch, capsys):
+def test_main_writes_errors_to_any_stream(monkeypatch):
+    """By hand: a notebook's or a logger's stream has neither isatty nor reconfigure."""
+    stream = plain_stream(monkeypatch)
+    assert metrics.main(["nowhere"]) == 2 and "error: give FAKE" in stream.text()
+
+
+def test_main_ends_quietly_on_an_interrupt(monkeypatch, capsys):
+    """By the convention of shells: 128 and the signal's number, 2."""
     monkeypatch.setattr(metrics, "run", raising(KeyboardInterrupt))
     assert metrics.main(["a", "b"]) == 130 and capsys.readouterr() == ("", "")
-    kill = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
-    (tmp_path / "torch.py").write_text(kill)  # Ctrl-C while torch is imported
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background it may be ignored
-    for name in ("metrics.py", "gan.py"):
-        shutil.copy(HERE / name, tmp_path)
-        done = command(name, "a", "b", cwd=tmp_path, preexec_fn=heard)
-        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gan
 import metrics
 
 STUDIES = ("infinity", "interval", "classes", "kid-subsets")
@@ -35,7 +36,7 @@ def frechet_infinity(real, fake, sizes=15, seed=0):
         raise metrics.UserError(f"an extrapolation needs at least 20 samples, not {len(fake)}")
     # Smaller parts would steady the line, but it bends: at d = 200, 1,000 samples and a distance of 1.05, parts from a
     # tenth on give 0.08 and parts from a half on 0.96.
-    generator, real = torch.Generator().manual_seed(seed), metrics.FeatureStats(real.shape[1]).update(real)
+    generator, real = torch.Generator().manual_seed(seed), metrics.FeatureStats.from_features(real)
     numbers = torch.linspace(len(fake) / 2, len(fake), sizes).long()
     distances = [metrics.frechet_distance(real, draw(fake, n, generator)) for n in numbers]
     return np.polynomial.Polynomial.fit(1 / numbers.double().numpy(), distances, deg=1)(0)
@@ -51,7 +52,7 @@ def frechet_interval(real, fake, level=0.95, resamples=100, seed=0):
     # for 1,000; halves are 1.2 and 1.4 times too wide. Centring takes away the bias of both.
     if len(fake) < 4:
         raise metrics.UserError(f"an interval needs at least 4 samples, not {len(fake)}")
-    generator, real = torch.Generator().manual_seed(seed), metrics.FeatureStats(real.shape[1]).update(real)
+    generator, real = torch.Generator().manual_seed(seed), metrics.FeatureStats.from_features(real)
     distances = [metrics.frechet_distance(real, draw(fake, len(fake) // 2, generator)) for _ in range(resamples)]
     spread = np.quantile(distances - np.mean(distances), [(1 - level) / 2, (1 + level) / 2])
     return tuple((metrics.frechet_distance(real, fake) + spread).clip(min=0).tolist())
@@ -60,7 +61,7 @@ def frechet_interval(real, fake, level=0.95, resamples=100, seed=0):
 def frechet_by_class(real, real_labels, fake, fake_labels):
     """{class: Frechet distance within it}, classes in natural order; features [n,d], [m,d] with their class names."""
     result = {}
-    for name in sorted({*real_labels, *fake_labels}, key=metrics.natural):
+    for name in sorted({*real_labels, *fake_labels}, key=gan.natural):
         parts = [x[[c == name for c in labels]] for x, labels in ((real, real_labels), (fake, fake_labels))]
         if min(map(len, parts)) < 2:
             raise metrics.UserError(f"class {name} has {len(parts[0])} real and {len(parts[1])} generated images")
@@ -93,8 +94,7 @@ def study(real, fake, names, extractor, seed=0):
         raise metrics.UserError(f"no study {min(unknown)!r}: choose among {','.join(STUDIES)}")
     folders = [metrics.Folder(path) for path in (real, fake)]
     summaries = [
-        metrics.measure(extractor, folder, progress=metrics.show_progress(f"{extractor.name} on {folder.path}"))
-        for folder in folders
+        metrics.measure(extractor, folder, metrics.Progress(f"{extractor.name} on {folder.path}")) for folder in folders
     ]
     x, y = (summary.features for summary in summaries)
     fid, kid = (metrics.label(name, extractor.made_by) for name in ("FID", "KID"))
@@ -128,7 +128,7 @@ def main(argv=None):
         extractor = metrics.load_extractor(args.extractor, args.device)
         scores = study(args.real, args.fake, args.studies.split(","), extractor, args.seed)
     except (metrics.UserError, OSError) as error:
-        parser.exit(2, f"fid_studies.py: error: {metrics.printable(error, 180)}\n")
+        parser.exit(2, f"fid_studies.py: error: {metrics.printable(error)}\n")
     for name, value in scores.items():
         print(f"{metrics.printable(name):36}  {value:.6g}")
 

@@ -89,7 +89,7 @@ class Judge:
         return metrics.sliced_wasserstein(self.images, samples)
 
     def stats(self, images):
-        return metrics.measure(self.network, images, keep=False).stats
+        return metrics.measure(self.network, images).stats
 
 
 def read_records(run):
