@@ -674,8 +674,11 @@ def write_text(path, text):
 
 
 def append_row(path, row):
-    with open(path, "a") as file:
-        file.write(f"{json.dumps(row)}\n")
+    """Appends a row to a .jsonl file, on a line of its own also behind half a line."""
+    with open(path, "ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        start = "" if file.read() in (b"", b"\n") else "\n"
+        file.write(f"{start}{json.dumps(row)}\n".encode())
 
 
 def read_rows(path):
@@ -1210,8 +1213,8 @@ def stop_on_signal():
     before = {}
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, signal.SIGINT)  # Windows lacks some
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
+            number = getattr(signal, name, None)  # Windows lacks some
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
                 before[number] = signal.signal(number, handle)
     try:
         yield stop
@@ -1557,7 +1560,7 @@ def draw_class(c, n, size):
     hue = 0.55 + 0.62 * (c * 0.618 % 1)
     ground, light = ((0.58, 0.95), (0.3, 0.35), (0.12, 0.9), (0.7, 0.25))[c % 4]
 
-    canvas = torch.empty(n, 3, size, size)
+    canvas = torch.zeros(n, 3, size, size)  # since lerp makes NaN of the NaN that unset memory may hold
     paint(torch.ones(n, size, size), ground + vary(-0.03, 0.03), 0.6, light * (1 - 0.2 * y))
     paint(torch.minimum(0.07 - (x - vary(-0.3, 0.3) * y.square()).abs(), y), vary(0.3, 0.35), 0.2, vary(0.4, 0.5))
     paint(0.3 + 0.7 * (petals * angle / 2).sin().abs() - radius, hue + vary(-0.03, 0.03), 0.15, 0.65 + 0.35 * radius)
