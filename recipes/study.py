@@ -12,6 +12,7 @@ extend it; finished runs and scores are kept.
 The runner, `make_all`, and the table also serve report.py and bench/quality.py.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -93,6 +94,7 @@ def is_scored_by(row, extractor):
     return row.get("weights") == weights_of(extractor)
 
 
+@functools.cache
 def weights_of(extractor):
     """Returns the hash by which eval.jsonl knows a weights file or program."""
     return hashlib.sha256(Path(extractor).read_bytes()).hexdigest()[:16]

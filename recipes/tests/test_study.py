@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Tests of the study and its report at toy size: offline, on the CPU.    python -m pytest recipes/test_study.py"""
+"""Tests of the study at toy size: offline, on the CPU.    python -m pytest recipes/tests/test_study.py"""
 
 import hashlib
-import json
 import os
-import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -19,15 +16,20 @@ import pytest
 import torch
 from PIL import Image
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+RECIPES = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(RECIPES))
+sys.path.insert(0, str(RECIPES.parent))
+sys.path.insert(0, str(RECIPES.parent / "bench"))
 import gan
+import quality
 import report
 import study
 
 TOY = "--size 16 --width 4 --batch 8 --steps 16 --log-every 1 --sample-every 1.6".split()
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"} | os.environ
 
 
+# ---- A study that was killed and went on
 class Tiny(torch.nn.Linear):
     def forward(self, x):
         features = torch.nn.functional.interpolate(x, size=(4, 4), mode="bilinear").flatten(1)
@@ -37,179 +39,262 @@ class Tiny(torch.nn.Linear):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with data, 40 random images in two classes, and tiny.pt2, an extractor."""
-    place, rng = tmp_path_factory.mktemp("study"), np.random.default_rng(0)
+    place = tmp_path_factory.mktemp("study")
+    rng = np.random.default_rng(0)
     for i in range(40):
-        (place / "data" / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
-        picture = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(5, 0).repeat(5, 1)
-        Image.fromarray(picture).save(place / "data" / f"class {i % 2}" / f"{i}.png")
+        folder = place / "data" / f"class {i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels.repeat(5, 0).repeat(5, 1)).save(folder / f"{i}.png")
     torch.manual_seed(0)
-    tiny, n = Tiny(48, 5).requires_grad_(False), torch.export.Dim("n")
-    program = torch.export.export(tiny, (torch.rand(3, 3, 16, 16),), dynamic_shapes=({0: n},))
+    tiny = Tiny(48, 5).requires_grad_(False)
+    shapes = ({0: torch.export.Dim("n")},)
+    program = torch.export.export(tiny, (torch.rand(3, 3, 16, 16),), dynamic_shapes=shapes)
     torch.export.save(program, place / "tiny.pt2")
     return place
 
 
 def command(place, *flags):
-    own = ["--variants", "ns", "hinge --cond", *"--trunc none 0.7 --seeds 2 --jobs 2 --data".split(), place / "data"]
-    own += ["--extractor", place / "tiny.pt2", "--out", place / "out"]
-    return [*map(str, [sys.executable, HERE / "study.py", *own, *TOY, *flags])]
+    own = ["--variants", "ns", "hinge --cond", *"--trunc none 0.7 --seeds 2 1 --jobs 2".split()]
+    own += ["--data", place / "data", "--extractor", place / "tiny.pt2", "--out", place / "out"]
+    return [*map(str, [sys.executable, RECIPES / "study.py", *own, *TOY, *flags])]
 
 
-def run(*argv):
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    return subprocess.run([*map(str, argv)], capture_output=True, text=True, env=environment, timeout=300)
+def run(argv):
+    return subprocess.run(argv, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
 
 
 @pytest.fixture(scope="module")
-def finished(place):
+def ended(place):
     """A study that is killed once a run has its first checkpoint, and then goes on to its end."""
-    env = {"OMP_NUM_THREADS": "1"} | os.environ
-    killed = subprocess.Popen(command(place), stdout=subprocess.DEVNULL, env=env, start_new_session=True)
+    killed = subprocess.Popen(command(place), stdout=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True)
     while not list(place.glob("out/*/checkpoint.pt")):
         assert killed.poll() is None
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)  # with the runs at work
     killed.wait()
-    assert not any(study.is_trained(path.parent) for path in place.glob("out/*/checkpoint.pt"))
-    ended = run(*command(place))
+    ended = run(command(place))
     assert ended.returncode == 0, ended.stderr
-    assert "run 4 of 4, hinge-cond-seed1" in ended.stdout and "left of the whole" in ended.stdout
-    return place / "out"
+    return ended
 
 
-def test_a_killed_study_goes_on_and_is_not_made_again(place, finished):
-    files = sorted(finished.glob("*/checkpoint.pt")) + sorted(finished.glob("*/eval.json"))
-    assert len(files) == 8 and all(study.is_trained(file.parent) for file in files)
+@pytest.fixture
+def runs(place, ended):
+    return [place / "out" / name for name in ("ns-seed0", "ns-seed1", "hinge-cond-seed0")]
+
+
+def test_a_killed_study_takes_each_step_once(runs):
+    for folder in runs:
+        assert [row["step"] for row in gan.read_rows(folder / "log.jsonl")] == list(range(1, 17))
+
+
+def test_each_variant_has_its_own_number_of_seeds(place, runs):
+    assert sorted(path.parent for path in place.glob("out/*/checkpoint.pt")) == sorted(runs)
+
+
+def test_a_finished_study_is_not_made_again(place, runs):
+    files = [folder / name for folder in runs for name in ("checkpoint.pt", "eval.jsonl")]
     before = [file.stat().st_mtime_ns for file in files]
-    logs = [[json.loads(line)["step"] for line in (f.parent / "log.jsonl").read_text().splitlines()] for f in files[:4]]
-    assert logs == [list(range(1, 17))] * 4
-    assert run(*command(place)).returncode == 0
+    assert run(command(place)).returncode == 0
     assert before == [file.stat().st_mtime_ns for file in files]
 
 
-def test_the_table_is_eval_json(finished):
-    page, text = (finished / "report.html").read_text(), (finished / "report.md").read_text()
-    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:1] == "|"]
-    assert lines[0][:4] == ["variant", "trunc", "seeds", "FD ↓"] and len(lines) == 6
-    keys = {"FD(tiny)": 1, "KID(tiny)": 4, "IS(tiny)": 2, "precision": 3, "recall": 3}
-    for variant, trunc, seeds, *cells in lines[2:]:
-        runs = [finished / f"{variant.replace(' --', '-')}-seed{seed}" for seed in range(int(seeds))]
-        rows = [row for path in runs for row in json.loads((path / "eval.json").read_text())["scores"]]
-        for cell, key in zip(cells, keys, strict=True):
-            values = [row[key] for row in rows if row["trunc"] == gan.truncation(trunc)]
-            assert len(values) == 2 and f"<td>{cell}</td>" in page
-            assert cell == " ± ".join(f"{f(values):.{keys[key]}f}" for f in (statistics.mean, statistics.stdev))
+def test_progress_names_the_run(ended):
+    assert "of 3, hinge-cond-seed0: step " in ended.stdout
 
 
-def test_the_page_is_complete_in_itself(finished):
-    page = (finished / "report.html").read_text()
-    assert not re.search(r"<(script|link|iframe)|@import|https?://|url\((?!#)|src=\"(?!data:)", page)
-    ids = re.findall(r'\bid="([^"]+)"', page)
-    assert len(ids) == len(set(ids)) and set(re.findall(r'(?:url\(|href=")#([^")]+)', page)) <= set(ids)
-    assert page.count("<svg") == 2 and page.count("<img") >= 4 + 2 * 2 and page.count("alt=") == page.count("<img")
-    for file in re.findall(r"\]\((.+?)\)", (finished / "report.md").read_text()):
-        assert (finished / file).is_file()
+def test_the_page_says_the_means_and_deviations_of_eval_jsonl(place, runs):
+    page = (place / "out" / "report.html").read_text()
+    rows = [row for folder in runs[:2] for row in gan.read_rows(folder / "eval.jsonl")]
+    for key, decimals in {"FD(tiny)": 1, "KID(tiny)": 4, "IS(tiny)": 2, "recall": 3}.items():
+        values = [row[key] for row in rows if row["trunc"] == 0.7]
+        mean = f"{statistics.mean(values):.{decimals}f}"
+        assert f"<td>{mean} ± {statistics.stdev(values):.{decimals}f}</td>" in page
 
 
-@pytest.mark.parametrize("width", [500, 1200])
-def test_the_page_in_chromium(finished, tmp_path, width):
-    if not (chromium := shutil.which("chromium")):
-        pytest.skip("there is no chromium here")
-    flags = f"--headless --no-sandbox --disable-gpu --hide-scrollbars --window-size={width},1500".split()
-    run(chromium, *flags, f"--screenshot={tmp_path / 'page.png'}", (finished / "report.html").as_uri())
-    shot = np.asarray(Image.open(tmp_path / "page.png").convert("L"))
-    assert shot.shape == (1500, width)
-    assert all((part < 128).any() and (part == 255).mean() > 0.2 for part in np.split(shot, 3))  # text on white
+def test_scores_of_another_step_images_or_network_do_not_count(place, runs, tmp_path):
+    row = gan.read_rows(runs[0] / "eval.jsonl")[0]
+    job = study.Job("ns", 0, runs[0], [], [None], row["data"], str(place / "tiny.pt2"))
+    assert job.is_asked_for(row)
+    for change in ({"steps": 15}, {"data": "elsewhere"}, {"weights": "0" * 16}, {"n": 7}, {"seed": 1}):
+        assert not job.is_asked_for(row | change)
 
 
-def fails(monkeypatch, capsys, module, *argv):
-    """The line with which a command ends, with status 2."""
-    monkeypatch.setattr(sys, "argv", [*map(str, argv)])
-    try:
-        pytest.fail(f"no error: {module.main()}")
-    except SystemExit as error:  # not pytest.raises, which would keep the lock of the study open
-        assert error.code == 2
+BAD = {
+    "--steps 17": "other flags",
+    "--trunc none": "other trunc",
+    "--variants ns ns": "same name",
+    "--variants nonesuch": "invalid choice",
+    "--seeds 1 2 3": "one for each",
+    "--nonesuch": "nonesuch",
+    "--trunc x": "--trunc",
+    "--trunc -1": "positive",
+    "--seed 1": "--seed",
+    "--extractor missing.pt2": "missing.pt2",
+    "--data missing": "no folder",
+    "--out .": "no study",
+    "--batch 1": "batch",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_ends_in_one_line(place, ended, monkeypatch, capsys, flags):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", command(place, *flags.split())[1:])
+    with pytest.raises(SystemExit) as stop:
+        study.main()
     line = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert BAD[flags] in line
     assert line.count("\n") == 1
-    return line
 
 
-def test_report_of_any_runs(finished, tmp_path, monkeypatch, capsys):
-    runs = map(str, sorted(finished.glob("*-seed?")))
-    monkeypatch.setattr(sys, "argv", ["report.py", *runs, "--out", str(tmp_path / "x.html")])
-    report.main()
-    mine, theirs = (
-        {line.replace("-", " ").replace("   ", " ") for line in path.read_text().splitlines() if line[:1] == "|"}
-        for path in (tmp_path / "x.md", finished / "report.md")
-    )
-    assert mine == theirs
-    old = Path(shutil.copytree(finished / "ns-seed0", tmp_path / "old"))
-    assert len(report.group_runs([old])[1]) == 2
-    (old / "eval.json").write_text((old / "eval.json").read_text().replace('"steps": 16', '"steps": 15'))
-    assert not report.group_runs([old])[1]  # scores of another checkpoint than the one whose samples are shown
-    assert "is no run" in fails(monkeypatch, capsys, report, "report.py", tmp_path)
-    (tmp_path / "checkpoint.pt").write_bytes(b"x")
-    assert "damaged" in fails(monkeypatch, capsys, report, "report.py", tmp_path)
+# ---- The report of these runs
+def test_report_groups_runs_that_differ_in_the_seed(runs):
+    variants, rows = report.group_runs(runs)
+    assert variants == {"ns": runs[:2], "hinge-cond": runs[2:]}
+    assert len(rows) == 6  # at two bounds each
 
 
-def rows_of(variant, trunc, scores):
-    names = "FD(net)", "precision", "recall"
-    return [{"variant": variant, "trunc": trunc, "train_seed": s, **dict(zip(names, r))} for s, r in enumerate(scores)]
+def test_report_leaves_out_scores_of_another_checkpoint(runs):
+    assert len(report.read_scores(runs[0], 16)) == 2
+    assert report.read_scores(runs[0], 15) == []
 
 
-def test_sentences():
-    configs = {v: study.read_config(v, [], "synthetic") for v in ("ns", "hinge", "hinge --cond", "ns --g-steps 2")}
-    rows = rows_of("ns", None, [(20, 0.5, 0.5), (22, 0.5, 0.5), (24, 0.5, 0.5)])
-    rows += rows_of("hinge", None, [(10, 0.5, 0.5), (12, 0.5, 0.5), (11, 0.5, 0.5)])  # -10, -10, -13
-    rows += rows_of("hinge --cond", None, [(9, 0.5, 0.5), (14, 0.5, 0.5), (11, 0.5, 0.5)])  # -1, 2, 0
-    rows += rows_of("ns --g-steps 2", None, [(21, 0.5, 0.5), (23, 0.5, 0.5), (25, 0.5, 0.5)])
-    rows += rows_of("hinge --cond", 0.7, [(19, 0.6, 0.3), (24, 0.6, 0.3), (21, 0.6, 0.6)])
-    configs, truncated = dict(configs), {"hinge --cond": configs["hinge --cond"]}
-    answers = dict(study.answer(configs, [row for row in rows if row["trunc"] is None]))
-    assert answers == {
+def test_report_has_a_table_for_each_network(runs):
+    _, rows = report.group_runs(runs)
+    others = [row | {"network": "other", "weights": "0" * 16, "FD": 4321.0} for row in rows]
+    page = report.html_scores(rows + others, [])
+    ours, theirs = page.split("<table>")[1:]
+    assert "4321.0" in theirs
+    assert "4321.0" not in ours
+    assert "–" not in page
+
+
+def test_the_page_is_complete_in_itself(place, ended):
+    page = (place / "out" / "report.html").read_text()
+    for outside in ("<script", "<link", "<iframe", "@import", "http://", "https://"):
+        assert outside not in page
+    assert page.count('src="') == page.count('src="data:')
+
+
+def test_ids_of_the_page_are_unique(place, ended):
+    page = (place / "out" / "report.html").read_text()
+    ids = [part.partition('"')[0] for part in page.split(' id="')[1:]]
+    assert len(ids) == len(set(ids)) > 0
+    assert {part.partition(")")[0] for part in page.split("url(#")[1:]} <= set(ids)
+
+
+def test_report_refuses_a_folder_without_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        report.main()
+    assert stop.value.code == 2
+    assert "is no run" in capsys.readouterr().err
+
+
+def test_curves_show_the_log(runs):
+    figure = report.draw_curves({"ns": runs[:1]})
+    (line,) = figure.axes[0].lines
+    log = gan.read_rows(runs[0] / "log.jsonl")
+    assert list(line.get_xdata()) == [row["step"] for row in log]
+    assert np.allclose(line.get_ydata(), [row["loss_D"] for row in log])
+
+
+# ---- The sentences, by hand
+def rows_of(variant, trunc, *scores):
+    names = ("FD", "precision", "recall")
+    facts = {"variant": variant, "trunc": trunc}
+    return [facts | {"train_seed": seed} | dict(zip(names, some)) for seed, some in enumerate(scores)]
+
+
+def test_answer_compares_variants_that_differ_in_one_flag():
+    configs = study.read_configs(["ns", "hinge", "hinge --cond", "ns --g-steps 2"], [], "synthetic")
+    rows = rows_of("ns", None, [20], [22], [24])
+    rows += rows_of("hinge", None, [10], [12], [11])  # -10, -10, -13
+    rows += rows_of("hinge --cond", None, [9], [14], [11])  # -1, 2, 0
+    rows += rows_of("ns --g-steps 2", None, [21], [23], [25])
+    assert dict(study.answer(configs, rows)) == {
         "Which loss?": ["hinge against ns: FD is better by 11.0 ± 1.7 over 3 seeds."],
         "Do classes help?": ["hinge --cond against hinge: 3 seeds do not settle FD (0.3 ± 1.5 worse)."],
         "Does g_steps matter?": ["ns --g-steps 2 against ns: FD is worse by 1.0 ± 0.0 over 3 seeds."],
     }
-    ((question, said),) = study.answer(truncated, [row for row in rows if row["variant"] == "hinge --cond"])
-    assert question == "What does truncation do?" and said == [
-        "hinge --cond, trunc 0.7 against none: FD is worse by 10.0 ± 0.0, precision is better by 0.100 ± 0.000 over 3 "
-        "seeds; 3 seeds do not settle recall (0.100 ± 0.173 worse)."
-    ]
-    one = study.answer(configs, [row for row in rows if row["trunc"] is None and row["train_seed"] == 0])
-    assert one[0][1] == ["hinge against ns: one seed says that FD is better by 10.0, which is an anecdote."]
 
 
-BAD = dict(line.split(" | ") for line in """--steps 17 | other flags
---trunc none | other trunc
---variants ns ns | same name
---variants nonesuch | invalid choice
---nonesuch | nonesuch
---trunc x | --trunc
---trunc -1 | positive
---seed 1 | --seed
---extractor missing.pt2 | missing.pt2
---data missing | no folder
---out . | no study
---batch 1 | batch""".splitlines())  # fmt: skip
+def test_answer_says_what_truncation_does():
+    configs = study.read_configs(["ns"], [], "synthetic")
+    rows = rows_of("ns", None, (9, 0.5, 0.5), (14, 0.5, 0.5), (11, 0.5, 0.5))
+    rows += rows_of("ns", 0.7, (19, 0.6, 0.3), (24, 0.6, 0.3), (21, 0.6, 0.6))
+    said = (
+        "ns, trunc 0.7 against none: FD is worse by 10.0 ± 0.0, precision is better by 0.100 ± 0.000 over 3 seeds; "
+        "3 seeds do not settle recall (0.100 ± 0.173 worse)."
+    )
+    assert study.answer(configs, rows) == [("What does truncation do?", [said])]
 
 
-@pytest.mark.parametrize("flags", BAD)
-def test_bad_input(place, finished, monkeypatch, capsys, flags):
-    monkeypatch.chdir(place)
-    assert BAD[flags] in fails(monkeypatch, capsys, study, *command(place, *flags.split())[1:])
+def test_one_seed_is_an_anecdote():
+    configs = study.read_configs(["ns", "hinge"], [], "synthetic")
+    rows = rows_of("ns", None, [20]) + rows_of("hinge", None, [10])
+    said = "hinge against ns: one seed says that FD is better by 10.0, which is an anecdote."
+    assert study.answer(configs, rows) == [("Which loss?", [said])]
 
 
-def test_flowers17_are_arranged(tmp_path, monkeypatch):
-    archive = tmp_path / ".flowers17" / "17flowers.tgz"  # as if the download had ended
+def test_variants_are_compared_by_the_seeds_of_both():
+    configs = study.read_configs(["ns", "hinge"], [], "synthetic")
+    rows = rows_of("ns", None, [20], [22], [99]) + rows_of("hinge", None, [10], [12])
+    said = "hinge against ns: FD is better by 10.0 ± 0.0 over 2 seeds."
+    assert study.answer(configs, rows) == [("Which loss?", [said])]
+
+
+# ---- Data, and the named settings of bench/quality.py
+@pytest.fixture
+def flowers(tmp_path, monkeypatch):
+    """The course's archive with empty pictures, as if the download had ended; returns the folder that holds it."""
+    archive = tmp_path / ".flowers17" / "17flowers.tgz"
     archive.parent.mkdir()
     with tarfile.open(archive, "w:gz") as file:
         for i in range(1, 1361):
             file.addfile(tarfile.TarInfo(f"jpg/image_{i:04d}.jpg"))
-    monkeypatch.setattr(study, "FLOWERS", (study.FLOWERS[0], hashlib.md5(archive.read_bytes()).hexdigest()))
-    for _ in range(2):  # the second time there is nothing to do
-        folder = Path(study.find_data("flowers17", tmp_path))
-        assert sorted(path.name for path in folder.iterdir()) == sorted(study.CLASSES)
-        assert all(len(list((folder / name).iterdir())) == 80 for name in study.CLASSES)
-        assert (folder / "snowdrop" / "image_0081.jpg").exists() and (folder / "pansy" / "image_1360.jpg").exists()
-        assert list(tmp_path.iterdir()) == [folder]
+    monkeypatch.setattr(study, "FLOWERS_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return tmp_path
+
+
+def test_flowers17_are_arranged_by_class(flowers):
+    folder = Path(study.find_data("flowers17", flowers))
+    assert sorted(path.name for path in folder.iterdir()) == sorted(study.CLASSES)
+    assert all(len(list((folder / name).iterdir())) == 80 for name in study.CLASSES)
+    assert (folder / "snowdrop" / "image_0081.jpg").exists()
+    assert (folder / "pansy" / "image_1360.jpg").exists()
+
+
+def test_flowers17_are_arranged_once(flowers):
+    folder = study.find_data("flowers17", flowers)
+    assert study.find_data("flowers17", flowers) == folder
+    assert list(flowers.iterdir()) == [Path(folder)]
+
+
+@pytest.fixture
+def finished_row(place, tmp_path, monkeypatch):
+    """The arguments of bench/quality.py for two steps on the toy's images, and the row that they made."""
+    monkeypatch.setitem(quality.SETTINGS, "toy", quality.Setting("data", "--cond --size 16 --width 4 --batch 8"))
+    own = ["--extractor", place / "tiny.pt2", "--data-root", place, "--runs", tmp_path, "--out", tmp_path / "q.jsonl"]
+    argv = ["quality.py", "toy", "--seeds", "7", *map(str, own), "--", "--steps", "2", "--amp", "off"]
+    monkeypatch.setattr(sys, "argv", argv)
+    quality.main()
+    (row,) = gan.read_rows(tmp_path / "q.jsonl")
+    return argv, row
+
+
+def test_quality_keeps_a_row_of_each_finished_run(finished_row):
+    argv, row = finished_row
+    assert row["setting"] == "toy"
+    assert row["seed"] == 7
+    assert row["flags"][-4:] == ["--steps", "2", "--amp", "off"]
+    assert [score["trunc"] for score in row["scores"]] == [None, 1.5, 1, 0.7]
+
+
+def test_quality_makes_no_row_twice(finished_row, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "run_gan", None)  # which would fail
+    quality.main()
+    assert len(gan.read_rows(tmp_path / "q.jsonl")) == 1
+    assert "| toy | none | 1 |" in capsys.readouterr().out
