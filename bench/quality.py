@@ -1,112 +1,211 @@
 # SPDX-License-Identifier: MIT
-"""How good a way of training is: trains it with several seeds, scores each run, prints a table.
+"""How good a way of training is: trains named settings with several seeds, scores each run, prints a table.
 
-    python bench/quality.py --data flowers-17 --extractor mobilenet_v2_imagenet.pt2 --jobs 2 -- --lr-G 2e-4
+    python bench/quality.py flowers-cond emoji mnist --seeds 10 11 12 --jobs 2 --extractor net.pt2 --digits mnist.pt2 \\
+        --data-root ../shared/data -- --loss hinge
 
-The protocol: 32 px, --cond, hinge, batch 64, width 16, 3,150 steps, bfloat16, and as many samples as images at each trunc.
-Flags of gan.py train behind -- come after these and win. Every run has one thread, so two jobs fill two cores.
+A setting has 32 px, width 16, batch 64 and bfloat16, unless its name says otherwise; flags of gan.py train behind --
+come after its own and win. --data-root holds flowers-17, emoji, mnist and usps. Every run has one thread, so two jobs
+fill two cores. The programs that read digits are made by recipes/classifier.py.
 
-The file of --out gets a line for each run, and the runs lie beside it. A line of the same data, extractor, flags and
-seed is not made again, and a run that was stopped goes on. After a change of gan.py, give another --out.
+Each finished run is a row of --out, with the hash of gan.py; a row of the same setting, flags, seed, scoring network
+and version of gan.py is not made again. The runs with their grids lie in --runs; one that was stopped goes on.
 """
 
-import argparse
 import hashlib
 import json
-import math
 import os
-import statistics
-import subprocess
+import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-GAN = Path(__file__).resolve().parent.parent / "gan.py"
-CODE = hashlib.sha256(GAN.read_bytes()).hexdigest()[:12]
-PROTOCOL = ["--size", "32", "--cond", "--loss", "hinge", "--batch", "64", "--width", "16", "--amp", "bf16"]
-COLUMNS = [(None, "FD", 1), (None, "KID", 4), (None, "IS", 2), (None, "precision", 3), (None, "recall", 3)]
-COLUMNS += [(None, "coverage", 3), (0.7, "precision", 3), (0.7, "FD", 1), (None, "s a step", 3)]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "recipes"))
+sys.path.insert(0, str(ROOT))
+import gan
+import study
+
+COMMON = "--size 32 --width 16 --batch 64 --amp bf16"
+TRUNCS = [None, 1.5, 1.0, 0.7]
+NAMES = ["FD", "KID", "precision", "recall", "coverage"]
+KEPT = ["trunc", "network", "n", "n_real", *NAMES, "density", "IS"]  # IS needs logits
+CODE = hashlib.sha256((ROOT / "gan.py").read_bytes()).hexdigest()[:12]
 
 
-def gan(*argv):
-    """Runs a command of gan.py with one thread; where that fails, ends with its message."""
-    command, environment = [sys.executable, GAN, *map(str, argv)], os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr.strip() or f"gan.py {argv[0]} ended with status {done.returncode}")
+# ---- Settings
+@dataclass
+class Setting:
+    """A data set with flags of gan.py train."""
+
+    data: str  # in --data-root, or made by `cut`, or synthetic
+    flags: str
+    digits: str | None = None  # whose classifier scores the samples
+    n: int | None = None  # samples; as many as images
+    against: str | None = None  # the images to compare with, where they are others
 
 
-def is_done(run):
-    return last_line(run)["step"] >= json.loads((run / "config.json").read_text())["steps"]
+SETTINGS = {
+    "flowers-cond": Setting("flowers-17", "--cond --steps 3150"),
+    "flowers-cond-long": Setting("flowers-17", "--cond --steps 6300"),
+    "flowers": Setting("flowers-17", "--steps 3150"),
+    "flowers-64": Setting("flowers-17", "--cond --size 64 --width 32 --steps 1575"),
+    "four-flowers": Setting("four-flowers", "--cond --steps 3150"),
+    "emoji-cond": Setting("emoji", "--cond --steps 3150"),
+    "emoji": Setting("emoji", "--steps 3150"),
+    "gray-emoji": Setting("emoji", "--channels 1 --steps 3150"),
+    "mnist": Setting("mnist", "--steps 2000", "mnist", 10_000, "mnist-10000"),
+    "mnist-1360": Setting("mnist-1360", "--channels 1 --no-flip --steps 2000", "mnist", 10_000, "mnist-10000"),
+    "usps-cond": Setting("usps", "--cond --size 16 --steps 1200", "usps", 5_000),
+    "synthetic": Setting("synthetic", "--steps 1575"),
+}
 
 
-def last_line(run):
-    return json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+def find_data(data, args):
+    """Returns what --data is given for the data of a setting; cuts what is a part of another set."""
+    if data in gan.DATASETS:
+        return data
+    if not data.startswith(("four-", "mnist-")):
+        return str(args.data_root / data)
+    folder = args.runs / "data" / data
+    if not folder.exists():
+        part = folder.with_name(f".{data}-{os.getpid()}")
+        cut(data, args.data_root, part)
+        os.replace(part, folder)
+    return str(folder)
 
 
-def train_and_score(key, seed, out):
-    """Trains and scores one seed; returns its line of the results, a dict: key and more."""
-    run = out.parent / f"quality-{hashlib.sha256(repr((key, CODE)).encode()).hexdigest()[:8]}-{seed}"
-    print(f"seed {seed}: see {run / 'log.jsonl'}", file=sys.stderr)
-    if not (run / "checkpoint.pt").exists():
-        gan("train", *key["flags"], "--data", key["data"], "--seed", seed, "--runs", run.parent, "--name", run.name)
-    elif not is_done(run):
-        gan("train", "--resume", run)
-    if not is_done(run):
-        sys.exit(f"{run} was stopped; the same command goes on with it")
-    gan("eval", "--run", run, "--trunc", "none", "0.7", "--extractor", key["extractor"])
-    evaluation, config = (json.loads((run / name).read_text()) for name in ("eval.json", "config.json"))
-    if "precision" not in evaluation["scores"][0]:  # for want of weights
-        sys.exit("; ".join(evaluation["scores"][0]["notes"]))
-    result = key | {"seed": seed, "code": CODE, "scores": evaluation["scores"]}
-    return result | {"step_s": config["batch"] / last_line(run)["images_per_s"]}
+def cut(data, root, folder):
+    """Makes a folder of the first digits of MNIST, as many as its name says, or of four of the flowers."""
+    if data.startswith("mnist-"):
+        images, *_ = gan.load_images("mnist", 32, 1, root / "mnist")
+        for i, image in enumerate(images[: int(data.removeprefix("mnist-"))]):
+            gan.write_picture(folder / f"{i:05d}.png", image)
+    else:
+        classes = sorted(path for path in (root / "flowers-17").iterdir() if path.is_dir())
+        for source in classes[:4]:
+            shutil.copytree(source, folder / source.name)
 
 
-def numbers(result):  # a row of the table; COLUMNS holds (trunc, score, decimals)
-    scores = {(s["trunc"], key.partition("(")[0].replace("FID", "FD")): s[key] for s in result["scores"] for key in s}
-    scores[None, "s a step"] = result["step_s"]
-    return [scores.get((trunc, score), math.nan) for trunc, score, _ in COLUMNS]
+# ---- Rows
+def job_of(name, seed, args):
+    """Plans the run of a setting's seed."""
+    setting = SETTINGS[name]
+    data = find_data(setting.data, args)
+    where = ["--data", data, "--data-dir", args.data_root / (setting.digits or "")]
+    flags = [*COMMON.split(), *setting.flags.split(), *args.flags]
+    key = hashlib.sha256(repr((flags, CODE)).encode()).hexdigest()[:8]
+    return study.Job(
+        variant=name,
+        seed=seed,
+        run=args.runs / f"{name}-{key}-seed{seed}",
+        flags=[*where, *flags],
+        truncs=TRUNCS,
+        data=find_data(setting.against or setting.data, args),
+        extractor=str(args.extractors[setting.digits].absolute()),
+        n=setting.n,
+    )
+
+
+def facts_of(job):
+    """Returns what a row is known by: two of equal facts are of one run."""
+    return {
+        "setting": job.variant,
+        "seed": job.seed,
+        "flags": job.flags[4:],  # without where the data lie
+        "weights": study.weights_of(job.extractor),
+        "version": gan.__version__,
+    }
+
+
+def row_of(job):
+    """Makes the row of a finished run."""
+    rate = gan.read_rows(job.run / "log.jsonl")[-1]["images_per_s"]
+    batch = json.loads((job.run / "config.json").read_text())["batch"]
+    scores = [study.plain(job.scores()[trunc]) for trunc in TRUNCS]
+    scores = [{name: row[name] for name in KEPT if name in row} for row in scores]
+    return facts_of(job) | {"code": CODE, "run": job.run.name, "step_s": batch / rate, "scores": scores}
+
+
+def make_rows(jobs, out, at_once):
+    """Makes the runs that have no row in the file out, and their rows; returns the rows of all jobs."""
+    known = gan.read_rows(out)
+
+    def find(job):
+        rows = [row for row in known if facts_of(job).items() <= row.items()]
+        return rows[-1] if rows else None
+
+    def add(job):
+        row = row_of(job)
+        gan.append_row(out, row)
+        known.append(row)
+        gan.say(f"{job.variant}, seed {job.seed}: FD {row['scores'][0]['FD']:.1f}")
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    study.make_all([job for job in jobs if not find(job)], at_once, add)
+    return [find(job) for job in jobs]
+
+
+def show(rows):
+    """Prints the table, and below it how its rows were made."""
+    scores = [{"variant": row["setting"], **score} for row in rows for score in row["scores"]]
+    gan.say(f"`gan.py train {COMMON}`, with each setting's flags")
+    print(f"\n{study.markdown(study.table(scores, NAMES))}\n")
+    print(study.markdown([["setting", "flags", "scored by", "FD of each seed", "s per step"], *map_settings(rows)]))
+    codes = sorted({row["code"] for row in rows})
+    print(f"\nMean ± deviation over seeds. gan.py {gan.__version__}, code {', '.join(codes)}; now it is {CODE}.")
+
+
+def map_settings(rows):
+    """Lists a line of cells for each setting: what it is, and its seeds one by one."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["setting"], []).append(row)
+    for name, group in groups.items():
+        first = group[0]["scores"][0]
+        flags = " ".join(group[0]["flags"]).removeprefix(COMMON).strip()
+        by = f"{first['network']}, {first['n']} samples against {first['n_real']} images"
+        each = ", ".join(f"{row['scores'][0]['FD']:.1f} ({row['seed']})" for row in group)
+        yield [name, f"`{flags}`", by, each, study.mean_and_spread([row["step_s"] for row in group], 3)]
+
+
+# ---- Command
+def read_arguments():
+    parser = gan.Parser(prog="quality.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    choices = {"choices": SETTINGS, "metavar": "SETTING"}
+    parser.add_argument("settings", nargs="+", help=f"some of {', '.join(SETTINGS)}", **choices)
+    parser.add_argument("--seeds", type=gan.whole_number, nargs="+", default=[0, 1], help="seeds (0 1)")
+    parser.add_argument("--jobs", type=lambda n: gan.whole_number(n, 1), default=2, help="runs at a time (2)")
+    parser.add_argument("--extractor", type=Path, help="network to score with, as for gan.py eval")
+    parser.add_argument("--digits", type=Path, help="classifier of MNIST")
+    parser.add_argument("--usps", type=Path, help="classifier of USPS (that of --digits)")
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of the data sets (data)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs (runs/quality)")
+    out = ROOT / "bench" / "quality.jsonl"
+    parser.add_argument("--out", type=Path, default=out, help="file of the rows (bench/quality.jsonl)")
+    words = [*sys.argv[1:], "--"]
+    args = parser.parse_args(words[: words.index("--")])
+    args.flags = words[words.index("--") + 1 : -1]
+    args.data_root = args.data_root.absolute()
+    args.runs = args.runs.absolute()
+    args.extractors = {None: args.extractor, "mnist": args.digits, "usps": args.usps or args.digits}
+    for name in args.settings:
+        if not args.extractors[SETTINGS[name].digits]:
+            raise gan.UserError(f"{name} needs {'--digits' if SETTINGS[name].digits else '--extractor'}")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder of images")
-    parser.add_argument("--extractor", required=True, help="network to score with, as for gan.py eval")
-    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ... (3)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
-    parser.add_argument("--steps", type=int, default=3150, help="training steps (3150)")
-    parser.add_argument("--out", type=Path, default=Path("runs/quality.jsonl"), help="results (runs/quality.jsonl)")
-    parser.add_argument("flags", nargs="*", help="flags of gan.py train, behind --")
-    args = parser.parse_args()
-    data, extractor = (str(Path(s).resolve()) if Path(s).exists() else s for s in (args.data, args.extractor))
-    key = {"data": data, "extractor": extractor, "flags": [*PROTOCOL, "--steps", str(args.steps), *args.flags]}
-    lines = map(json.loads, args.out.read_text().splitlines() if args.out.exists() else ())
-    done = {result["seed"]: result for result in lines if key.items() <= result.items()}
-    if any(result["code"] != CODE for result in done.values()):
-        print(f"some results in {args.out} were made by another version of gan.py", file=sys.stderr)
-
-    def once(seed):
-        if seed not in done:
-            done[seed] = train_and_score(key, seed, args.out)
-            with open(args.out, "a") as file:
-                file.write(json.dumps(done[seed]) + "\n")
-            print(f"seed {seed}: FD {numbers(done[seed])[0]:.1f}", file=sys.stderr, flush=True)
-        return numbers(done[seed])
-
     try:
-        with ThreadPoolExecutor(args.jobs) as jobs:
-            rows = list(jobs.map(once, range(args.seeds)))
-    except SystemExit as error:  # of a run, with its message
-        parser.exit(2, f"{error.code}\n")
-    heads = [score if trunc is None else f"{score} at {trunc}" for trunc, score, _ in COLUMNS]
-    print(f"`{' '.join(key['flags'])}`, scores by {Path(args.extractor).stem}\n")
-    print(f"| seed | {' | '.join(heads)} |\n|{' ---: |' * (len(heads) + 1)}")
-    for seed, row in enumerate(rows):
-        print(f"| {seed} | {' | '.join(f'{value:.{d}f}' for value, (*_, d) in zip(row, COLUMNS))} |")
-    if len(rows) > 1:
-        columns = zip(zip(*rows), COLUMNS)
-        spread = (f"{statistics.mean(c):.{d}f} ± {statistics.stdev(c):.{d}f}" for c, (*_, d) in columns)
-        print(f"| mean ± deviation | {' | '.join(spread)} |")
+        args = read_arguments()
+        jobs = [job_of(name, seed, args) for name in args.settings for seed in args.seeds]
+        show(make_rows(jobs, args.out, args.jobs))
+    except KeyboardInterrupt:
+        gan.say("quality.py: stopped; run the same command to continue", sys.stderr)
+        sys.exit(130)
+    except (gan.UserError, OSError) as error:
+        gan.say(f"quality.py: error: {error}", sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

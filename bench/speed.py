@@ -31,11 +31,11 @@ from torch.nn.utils import parametrize
 
 ENVIRONMENT = dict(os.environ)  # a script's; importing gan adds how threads wait, of use to processes started later
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gan
 from step import peak_memory, processor, timed  # step.py beside this file
 
-import gan
-
 DEVICE = gan.join("auto")
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "off"}
 
 
 # ---- The textbook networks: gan.py's modules, run as the papers draw them
@@ -61,12 +61,10 @@ class TextbookDiscriminatorBlock(gan.DiscriminatorBlock):
 
 class TextbookGenerator(gan.Generator):
     def forward(self, z, y=None):
-        z = z * (z.square().mean(dim=1, keepdim=True) + 1e-8) ** -0.3
         e = torch.cat([z, self.embed(y)], dim=1) if self.num_classes else z
         h = self.linear(e).view(len(z), -1, 4, 4)
         for block in self.blocks:
             h = block(h, e)
-            h = self.attention(h) if h.shape[2] == 16 else h
         return torch.tanh(self.conv(F.relu(self.norm(h))))
 
 
@@ -76,14 +74,6 @@ class TextbookDiscriminator(gan.Discriminator):
         for block in self.blocks:
             h = block(h)
         return F.relu(h).sum(dim=(2, 3))
-
-
-class TextbookAttention(gan.Attention):
-    def forward(self, x):
-        query, key, value = (F.conv2d(x, layer.weight[:, :, None, None]) for layer in self.children())
-        key, value = (F.avg_pool2d(h, 2).flatten(2) for h in (key, value))
-        shares = torch.softmax(query.flatten(2).transpose(1, 2) @ key, dim=2)
-        return x + self.gain * (value @ shares.transpose(1, 2)).view(x.shape)
 
 
 class TextbookSpectralNorm(gan.SpectralNorm):
@@ -103,63 +93,64 @@ TEXTBOOK = {
     gan.GeneratorBlock: TextbookGeneratorBlock,
     gan.DiscriminatorBlock: TextbookDiscriminatorBlock,
     gan.AdaptiveBatchNorm: TextbookNorm,
-    gan.Attention: TextbookAttention,
 }
 
 
 def textbook(net):
     """Copies G or D, with its weights and statistics, in the textbook's form and NCHW."""
     net = copy.deepcopy(net)
-    for m in net.modules():
-        if isinstance(m, torch.nn.Conv2d) and parametrize.is_parametrized(m):
-            norm = m.parametrizations.weight[0]
-            norm.v = norm.v.view(*m.kernel_size, -1).movedim(2, 0).flatten()  # from the order of channels_last
-        m.__class__ = TEXTBOOK.get(type(m), type(m))
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.Conv2d) and parametrize.is_parametrized(layer):
+            norm = layer.parametrizations.weight[0]
+            v = norm.v.view(*layer.kernel_size, -1)  # in the order of channels_last
+            norm.v = v.movedim(2, 0).flatten()
+        layer.__class__ = TEXTBOOK.get(type(layer), type(layer))
     return net.to(memory_format=torch.contiguous_format)
 
 
 def textbook_of(model):
     """Copies a GAN in textbook form: its networks, and Adam as a loop over parameters."""
+    c = model.config
     other = copy.copy(model)
-    other.G, other.D, other.G_ema = (textbook(net) for net in (model.G, model.D, model.G_ema))
-    for name, net in (("opt_G", other.G), ("opt_D", other.D)):
-        group = getattr(model, name).param_groups[0]
-        setattr(other, name, torch.optim.Adam(net.parameters(), lr=group["lr"], betas=group["betas"]))
+    other.G = textbook(model.G)
+    other.D = textbook(model.D)
+    other.G_ema = textbook(model.G_ema)
+    other.opt_G = torch.optim.Adam(other.G.parameters(), c.lr_G, (c.beta1, c.beta2))
+    other.opt_D = torch.optim.Adam(other.D.parameters(), c.lr_D, (c.beta1, c.beta2))
     return other
 
 
 def textbook_step(model, data):
     """Takes one step as it is usually written. Returns both losses as numbers."""
-    c, G, D = model.config, model.G, model.D
-    d_loss, g_loss = gan.LOSSES[c.loss]
+    c = model.config
     real, y = next(data)
 
-    fake = G(torch.randn(c.batch, c.z_dim, device=real.device), y).detach()
-    loss_D = d_loss(D(gan.diff_augment(real, c.augment), y), D(gan.diff_augment(fake, c.augment), y))
+    fake = model.G(torch.randn(c.batch, c.z_dim, device=real.device), y).detach()
+    real_logits = model.D(gan.diff_augment(real, c.augment), y)
+    loss_D = gan.D_LOSSES[c.loss](real_logits, model.D(gan.diff_augment(fake, c.augment), y))
     model.opt_D.zero_grad()
     loss_D.backward()
     model.opt_D.step()
 
-    fake = G(torch.randn(c.batch, c.z_dim, device=real.device), y)
-    loss_G = g_loss(D(gan.diff_augment(fake, c.augment), y))
+    fake = model.G(torch.randn(c.batch, c.z_dim, device=real.device), y)
+    loss_G = gan.G_LOSSES[c.loss](real_logits.detach(), model.D(gan.diff_augment(fake, c.augment), y))
     model.opt_G.zero_grad()
     loss_G.backward()
     model.opt_G.step()
 
     with torch.no_grad():
-        for average, p in zip(model.G_ema.parameters(), G.parameters()):
+        for average, p in zip(model.G_ema.parameters(), model.G.parameters()):
             average.mul_(0.999).add_(p, alpha=0.001)
-        for average, b in zip(model.G_ema.buffers(), G.buffers()):
+        for average, b in zip(model.G_ema.buffers(), model.G.buffers()):
             average.copy_(b)
     return loss_D.item(), loss_G.item()
 
 
 # ---- Measuring
 def make_gan(size, batch, amp="off", compile=False):
-    """Makes a conditional hinge GAN of the default width, on the GPU if there is one, and data for it."""
-    config = gan.Config(loss="hinge", cond=True, size=size, batch=batch, amp=amp, compile=compile,
-                        augment="color,translation,cutout")  # fmt: skip
-    device, config = gan.join(config.device), gan.resolve(config)
+    """Makes a conditional GAN of the default width, on the GPU if there is one, and data for it."""
+    config = gan.resolve(gan.Config(cond=True, size=size, batch=batch, amp=amp, compile=compile))
+    device = gan.join(config.device)
     images, labels, classes = gan.load_images("synthetic", config.size, config.channels)
     return gan.GAN(config, len(classes), device), gan.batches(images, labels, config, device)
 
@@ -188,16 +179,23 @@ def training(size, batch, turns=9):
     """Compares float32 and bfloat16 with the textbook in float32, in one process and as started."""
     work = f"training, {size} px, batch {batch}"
     names = {"off": "float32", "bf16": "bfloat16 against float32"}
-    models = {amp: make_gan(size, batch, amp)[0] for amp in names}
-    other, data = textbook_of(models["off"]), make_gan(size, batch)[1]
-    steps = {f"{names[amp]}, one process": partial(model.train_step, data) for amp, model in models.items()}
-    rate_rows(work, batch, in_turns(turns, {"textbook": partial(textbook_step, other, data), **steps}))
 
+    # In one process.
+    _, data = make_gan(size, batch)
+    models = {amp: make_gan(size, batch, amp)[0] for amp in names}
+    works = {"textbook": partial(textbook_step, textbook_of(models["off"]), data)}
+    for amp, model in models.items():
+        works[f"{names[amp]}, one process"] = partial(model.train_step, data)
+    rate_rows(work, batch, in_turns(turns, works))
+
+    # As started.
     loops = {"textbook": Loop("textbook", size, batch)}
-    default = {torch.bfloat16: "bf16", torch.float32: "off"}.get(gan.pick_dtype("auto", DEVICE))
+    default = DTYPES.get(gan.pick_dtype("auto", DEVICE))
     for amp, name in names.items():
-        how = "gan.py train as it comes" if amp == default else f"gan.py train --amp {amp}"
-        loops[f"{name}, as started: {how}"] = Loop("gan.py train", size, batch, "auto" if amp == default else amp)
+        if amp == default:
+            loops[f"{name}, as started: gan.py train as it comes"] = Loop("gan.py train", size, batch, "auto")
+        else:
+            loops[f"{name}, as started: gan.py train --amp {amp}"] = Loop("gan.py train", size, batch, amp)
     rate_rows(work, batch, in_turns(turns, {name: loop.step for name, loop in loops.items()}))
     for loop in loops.values():
         loop.end()
@@ -238,12 +236,16 @@ def loop(which, size, batch, amp, age):
     for _ in sys.stdin:
         timed(DEVICE, step, data)
         print("done", flush=True)
-    print(max(1, ((peak_memory(DEVICE) or 0) - before) // 2**20))
+    grown = (peak_memory(DEVICE) or 0) - before
+    print(max(1, grown // 2**20))
 
 
 def sampling(n=640):
-    G = make_gan(64, 64)[0].G_ema
-    works = {"textbook": partial(gan.generate, textbook(G), n), "64 px, batch 64": partial(gan.generate, G, n)}
+    model, _ = make_gan(64, 64)
+    works = {
+        "textbook": partial(gan.generate, textbook(model.G_ema), n),
+        "64 px, batch 64": partial(gan.generate, model.G_ema, n),
+    }
     rate_rows(f"gan.generate, {n} samples", n, in_turns(3, works, warm_up=1))
 
 
@@ -251,41 +253,39 @@ def memory(size=64, batch=32):
     """Compares gan.py's loop as the train command runs it, and in a program that holds no memory, with the textbook."""
     theirs = Loop("textbook", size, batch, age=8).end()
     for name, amp in (("gan.py train", "off"), ("gan.py train", "auto"), ("gan.py imported", "off")):
-        ours, how = Loop(name, size, batch, amp, age=8).end(), "as it comes" if amp == "auto" else "float32"
+        ours = Loop(name, size, batch, amp, age=8).end()
+        how = "as it comes" if amp == "auto" else "float32"
         row(f"memory that steps take, {size} px, batch {batch}, {name}, {how}", ours, theirs, "MiB", theirs / ours)
-
-
-def aging(young=200, old=2000):
-    loops = {age: Loop("gan.py train", 32, 16, age=age) for age in (young, old)}
-    s = in_turns(100, {age: loop.step for age, loop in loops.items()})  # the first, to warm up, waits for their age
-    for loop in loops.values():
-        loop.end()
-    print(f"a step, 32 px, batch 16: {1000 * s[old]:.1f} ms after {old:,}, {1000 * s[young]:.1f} after "
-          f"{young}: {s[old] / s[young]:.3f}", flush=True)  # fmt: skip
 
 
 def profile(size=64, batch=32, steps=5):
     """Prints the largest costs of a step, of both loops, by operator."""
     model, data = make_gan(size, batch)
     loops = {"textbook": partial(textbook_step, textbook_of(model), data), "gan.py": partial(model.train_step, data)}
+    kind = f"self_{'device' if DEVICE.type == 'cuda' else 'cpu'}_time_total"
     for name, step in loops.items():
         step()
         with torch.profiler.profile() as profiler:
             for _ in range(steps):
                 timed(DEVICE, step)
-        kind = f"self_{'device' if DEVICE.type == 'cuda' else 'cpu'}_time_total"
-        costs = sorted(((getattr(event, kind), event.key) for event in profiler.key_averages()), reverse=True)
-        total = sum(microseconds for microseconds, _ in costs)
-        shares = ", ".join(f"{key.removeprefix('aten::')} {us / total:.0%}" for us, key in costs[:6])
-        print(f"{name}: {total / steps / 1e6:.2f} s a step; {shares}", flush=True)
+        costs = {event.key: getattr(event, kind) for event in profiler.key_averages()}
+        total = sum(costs.values())  # microseconds
+        largest = sorted(costs, key=costs.get, reverse=True)[:6]
+        shares = ", ".join(f"{key.removeprefix('aten::')} {costs[key] / total:.0%}" for key in largest)
+        print(f"{name}: {total / steps / 1e6:.2f} s per step; {shares}", flush=True)
 
 
 def compiling():
+    """Compares a step with --compile and without."""
     batch = 64 if DEVICE.type == "cuda" else 32
-    models = {compile: make_gan(64, batch, "bf16", compile) for compile in (False, True)}
-    s = in_turns(9, {compile: partial(model.train_step, data) for compile, (model, data) in models.items()})
-    print(f"a step, 64 px, batch {batch}, bfloat16, with --compile: {1000 * s[True]:.1f} ms, "
-          f"{1000 * s[False]:.1f} without: {s[False] / s[True]:.2f}x", flush=True)  # fmt: skip
+    steps = {}
+    for compile in (False, True):
+        model, data = make_gan(64, batch, "bf16", compile)
+        steps[compile] = partial(model.train_step, data)
+    seconds = in_turns(9, steps)
+    ratio = seconds[False] / seconds[True]
+    print(f"| a step, 64 px, batch {batch}, bfloat16, --compile |", end=" ")
+    print(f"{1000 * seconds[True]:.1f} ms | {1000 * seconds[False]:.1f} ms without | {ratio:.2f}x |", flush=True)
 
 
 WORKS = {
@@ -293,7 +293,6 @@ WORKS = {
     "train32": partial(training, 32, 64, turns=25),
     "sampling": sampling,
     "memory": memory,
-    "aging": aging,
     "compile": compiling,
     "profile": profile,
 }
@@ -303,7 +302,8 @@ def hold_memory():
     """Keeps freed memory in this process, as the train command does."""
     with contextlib.suppress(OSError, AttributeError):  # another system, or a C library other than GNU's
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0), mallopt(-1, 2**31 - 1)
+        mallopt(-4, 0)
+        mallopt(-1, 2**31 - 1)
 
 
 def main():
@@ -312,9 +312,11 @@ def main():
     parser.add_argument("--loop", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.loop:
-        return loop(*args.loop)
+        loop(*args.loop)
+        return
     hold_memory()  # it serves both
-    print(f"{processor(DEVICE)}, torch {torch.__version__}\n\n| work | gan.py | textbook | ratio |")
+    print(f"{processor(DEVICE)}, torch {torch.__version__}")
+    print("\n| work | gan.py | textbook | ratio |")
     print("| --- | ---: | ---: | ---: |", flush=True)
     for name in WORKS if "all" in args.works else args.works:
         WORKS[name]()

@@ -7,11 +7,11 @@ Takes half a minute on an idle machine. Other work there slows the step, as it w
 """
 
 import contextlib
+import dataclasses
 import json
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -22,15 +22,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 METHODS = ("draw", "update_D", "update_G", "update_average")
-
-
-class Ready(Exception):
-    """Carries a GAN and its data out of gan.train."""
-
-
-class Probe(gan.GAN):
-    def train_step(self, data):  # leaves gan.train where the first step would begin
-        raise Ready(self, data)
 
 
 def timed(device, work, *args):
@@ -59,71 +50,124 @@ def time_parts(model, data):
     return seconds
 
 
-def measure(model, data, seconds=20):
-    """Measures steps for so many seconds; returns a dict. Times are medians, so the parts need not add up to the step;
-    matmul_flop_per_s is a square matrix product's speed in the same dtype; run_s leaves out pictures and checkpoints.
+def measure(model, data, steps, seconds=20):
+    """Measures steps of a GAN for so many seconds; returns a dict, as of a run of `steps`.
+
+    Times are medians, so the parts need not add up to the step. matmul_flop_per_s is the speed of a product of square
+    matrices in the same dtype. run_s leaves out pictures and checkpoints.
     """
-    c, device, whole, parts = model.config, model.device, [], []
-    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
-        model.train_step(data)
+    device = model.device
+    flop = count_flop(model, data)
     for _ in range(5):
         model.train_step(data)
-    block, began = 10 if device.type == "cuda" else 1, time.monotonic()  # a GPU's steps do not wait for one another
+
+    # Take steps.
+    whole = []
+    parts = []
+    block = 10 if device.type == "cuda" else 1  # a GPU's steps do not wait for one another
+    began = time.monotonic()
     while len(whole) < 3 or time.monotonic() - began < seconds:
-        whole.append(timed(device, lambda: [model.train_step(data) for _ in range(block)])[0] / block)
+        taken, _ = timed(device, take_steps, model, data, block)
+        whole.append(taken / block)
         parts.append(time_parts(model, data))
-    step_s, peak = statistics.median(whole), peak_memory(device)  # the peak before the large matrices
+
+    # Put it together.
+    step_s = statistics.median(whole)
+    peak = peak_memory(device)  # before the large matrices
+    dtype = model.autocast.fast_dtype
+    return {
+        "device": processor(device),
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "step_s": step_s,
+        "parts_s": {name: statistics.median(part[name] for part in parts) for name in parts[0]},
+        "images_per_s": model.config.batch / step_s,
+        "flop_per_step": flop,
+        "flop_per_s": flop / step_s,
+        "matmul_flop_per_s": product_speed(device, dtype),
+        "peak_bytes": peak,
+        "steps": steps,
+        "run_s": steps * step_s,
+    }
+
+
+def take_steps(model, data, n):
+    for _ in range(n):
+        model.train_step(data)
+
+
+def count_flop(model, data):
+    """Takes a step and counts its floating-point operations."""
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+        model.train_step(data)
+    return counter.get_total_flops()
+
+
+def product_speed(device, dtype):
+    """Measures how many operations per second a product of large square matrices makes."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.rand(2, n, n, device=device, dtype=model.dtype)
-    product_s = statistics.median(timed(device, torch.mm, a, b)[0] for _ in range(9))
-    n_images = len(gan.load_images(c.data, c.size, c.channels, c.data_dir)[0])
-    steps = c.steps or max(1, round(c.epochs * (n_images // c.batch / c.d_steps)))
-    flop, parts_s = counter.get_total_flops(), {name: statistics.median(p[name] for p in parts) for name in parts[0]}
-    result = {"device": processor(device), "torch": torch.__version__, "dtype": str(model.dtype).removeprefix("torch.")}
-    result |= {"step_s": step_s, "parts_s": parts_s, "images_per_s": c.batch / step_s, "flop_per_step": flop}
-    result |= {"flop_per_s": flop / step_s, "matmul_flop_per_s": 2 * n**3 / product_s, "peak_bytes": peak}
-    return result | {"steps": steps, "run_s": steps * step_s}
+    a, b = torch.rand(2, n, n, device=device, dtype=dtype)
+    seconds = [timed(device, torch.mm, a, b)[0] for _ in range(9)]
+    return 2 * n**3 / statistics.median(seconds)
 
 
 def processor(device):
     """Names the GPU, or the CPU with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    name = cpuinfo.partition("model name")[2].partition("\n")[0].lstrip("\t :") or platform.processor()
-    return f"{name or platform.machine()}, {torch.get_num_threads()} threads"
+    name = ""
+    if sys.platform == "linux":
+        _, _, rest = Path("/proc/cpuinfo").read_text().partition("model name")
+        name = rest.partition("\n")[0].lstrip("\t :")
+    return f"{name or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def peak_memory(device):
-    """Returns the most bytes in use so far: of the device's memory, or on a CPU of the process's, if it tells."""
+    """Returns the most bytes in use so far, of the device's memory or on a CPU of the process's; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":  # where getrusage begins with the peak of the process that started this one
-        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+        _, _, rest = Path("/proc/self/status").read_text().partition("VmHWM:")
+        return 1024 * int(rest.split()[0])
     if sys.platform == "darwin":
-        return __import__("resource").getrusage(0).ru_maxrss
+        import resource  # which Windows lacks
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None
+
+
+def read_config(flags):
+    """Reads the flags of gan.py train; returns a Config."""
+    args = vars(gan.make_parser(gan.GAN).parse_args(["train", *flags]))
+    if args["resume"]:
+        raise gan.UserError("--resume belongs to a run; give the flags that it was started with")
+    return gan.Config(**{f.name: args[f.name] for f in dataclasses.fields(gan.Config) if f.name in args})
+
+
+def show(r):
+    parts = ", ".join(f"{name} {1000 * taken:.1f}" for name, taken in r["parts_s"].items())
+    share = r["flop_per_s"] / r["matmul_flop_per_s"]
+    memory = f"{r['peak_bytes'] / 2**20:.0f} MiB at most" if r["peak_bytes"] else "unknown here"
+    print(f"{r['device']}, torch {r['torch']}, {r['dtype']}")
+    print(f"step      {1000 * r['step_s']:.1f} ms ({parts}), {r['images_per_s']:.1f} images/s")
+    print(f"products  {r['flop_per_step'] / 1e9:.1f} GFLOP per step, {r['flop_per_s'] / 1e9:.0f} GFLOP/s,", end=" ")
+    print(f"{share:.2f} of a matrix product's {r['matmul_flop_per_s'] / 1e9:.0f}")
+    print(f"memory    {memory}")
+    print(f"the run   {r['steps']} steps, {r['run_s'] / 60:.1f} minutes without pictures and checkpoints")
 
 
 def main():
     flags = [word for word in sys.argv[1:] if word != "--json"]
-    if any(word.split("=")[0] == "--resume" for word in flags):
-        sys.exit("step.py: error: --resume belongs to a run; give the flags that it was started with")
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        try:
-            gan.main(["train", *flags, "--runs", folder], model=Probe)
-        except Ready as ready:
-            model, data = ready.args
-    model.__class__ = gan.GAN
-    r = measure(model, data)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            model, data, run = gan.prepare(read_config(flags))
+    except (gan.UserError, OSError) as error:
+        sys.exit(f"step.py: error: {error}")
+    result = measure(model, data, run.steps)
     if "--json" in sys.argv[1:]:
-        return print(json.dumps(r, indent=2))
-    parts = ", ".join(f"{name} {1000 * taken:.1f}" for name, taken in r["parts_s"].items())
-    print(f"{r['device']}, torch {r['torch']}, {r['dtype']}")
-    print(f"step      {1000 * r['step_s']:.1f} ms ({parts}), {r['images_per_s']:.1f} images/s")
-    print(f"products  {r['flop_per_step'] / 1e9:.1f} GFLOP a step, {r['flop_per_s'] / 1e9:.0f} GFLOP/s, "
-          f"{r['flop_per_s'] / r['matmul_flop_per_s']:.2f} of a matrix product's {r['matmul_flop_per_s'] / 1e9:.0f}")  # fmt: skip
-    print(f"memory    {r['peak_bytes'] / 2**20:.0f} MiB at most" if r["peak_bytes"] else "memory    unknown here")
-    print(f"the run   {r['steps']} steps, {r['run_s'] / 60:.1f} minutes without pictures and checkpoints")
+        print(json.dumps(result, indent=2))
+    else:
+        show(result)
 
 
 if __name__ == "__main__":
