@@ -818,7 +818,9 @@ def natural(name):
 
 def list_files(folder):
     """Lists the visible files below a folder, relative to it; follows links, but enters each real folder once."""
-    files, entered, waiting = [], set(), [Path(folder)]
+    files = []
+    entered = set()
+    waiting = [Path(folder)]
     while waiting:
         parent = waiting.pop(0)  # the nearest first, so that a link inside one class does not claim another's folder
         if parent.resolve() in entered:
@@ -1136,7 +1138,7 @@ def check_processes(gan):
     """Refuses processes that would train different GANs."""
     if n_ranks() > 1:
         shared = replace(gan.config, **dict.fromkeys(LOCAL))
-        facts = [None] * n_ranks()
+        facts = [None for _ in range(n_ranks())]
         dist.all_gather_object(facts, repr((shared, gan.images, gan.steps)))
         if len(set(facts)) > 1:
             raise UserError("the processes differ; all hosts need the same flags, images and checkpoint")

@@ -718,7 +718,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # for some other
 
 def list_files(folder):
     """Lists the visible files below a folder, relative to it; follows links, but enters each real folder once."""
-    files, entered, waiting = [], set(), [Path(folder)]
+    files = []
+    entered = set()
+    waiting = [Path(folder)]
     while waiting:
         parent = waiting.pop(0)  # the nearest first, so that a link inside one class does not claim another's folder
         if parent.resolve() in entered:
