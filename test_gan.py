@@ -19,7 +19,6 @@ import sys
 import urllib.error
 import zipfile
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
