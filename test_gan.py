@@ -248,6 +248,31 @@ def test_shared_formats_are_equal():
     assert gan.FORMATS == metrics.FORMATS
 
 
+ALONE = """
+import sys, gan
+gan.main(["train", "--steps", "2", *sys.argv[1:]])
+gan.main(["sample", "--n", "3"])
+gan.main(["eval"])
+"""
+
+
+def test_gan_works_alone(tmp_path, folder):
+    """A copy of gan.py in an empty folder; eval needs metrics.py, and says so in a line."""
+    shutil.copy(HERE / "gan.py", tmp_path)
+    done = command("-c", ALONE, "--data", folder, *TOY_FLAGS, cwd=tmp_path)
+    assert (tmp_path / "samples.png").exists()
+    assert done.returncode == 2
+    assert "No module named 'metrics'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_metrics_works_alone(tmp_path, folder, extractor_file):
+    """A copy of metrics.py in an empty folder."""
+    shutil.copy(HERE / "metrics.py", tmp_path)
+    done = command("metrics.py", folder, folder, "--extractor", extractor_file, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- gan.py: networks
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 @pytest.mark.parametrize("channels", [1, 3])
@@ -338,85 +363,117 @@ def textbook_discriminator(D, x, y):
     return logits + (phi * true_weight(D.embed)[y]).sum(1) if D.num_classes else logits
 
 
-@functools.cache
-def both_forms(size, num_classes):
-    """Runs both networks and their textbook forms: {name: (network, input, output, textbook's output)}, statistics."""
-    torch.manual_seed(0)
-    y = torch.tensor([0, 1, 2, 1])
-    G = gan.Generator(size, 3, 4, 8, 8, num_classes)
-    D = gan.Discriminator(size, 3, 4, 8, num_classes)
-    for p in [*G.parameters(), *D.parameters()]:  # biases and gains that are not zero
+@dataclass
+class Forms:
+    """Holds a network, its input, its output and its textbook form's, and the statistics of textbook batch norms."""
+
+    net: torch.nn.Module
+    given: torch.Tensor
+    ours: torch.Tensor
+    theirs: torch.Tensor
+    statistics: tuple = ()
+
+
+def shaken(net):
+    """Moves all parameters, so that biases and gains are not zero."""
+    for p in net.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    settle(D)
+    return net
 
+
+LABELS = torch.tensor([0, 1, 2, 1])
+
+
+@functools.cache
+def generator_forms(size, num_classes):
+    """Runs a toy generator and its textbook form."""
+    torch.manual_seed(0)
+    G = shaken(gan.Generator(size, 3, 4, 8, 8, num_classes))
     z = torch.randn(4, 8, requires_grad=True)
-    x = (torch.rand(4, 3, size, size) * 2 - 1).requires_grad_()
     textbook = TextbookGenerator(G)
-    forms = {
-        "G": (G, z, G(z, y), textbook(z, y)),
-        "D": (D, x, D(x, y), textbook_discriminator(D, x, y)),
-    }
-    return forms, textbook.statistics
+    return Forms(G, z, G(z, LABELS), textbook(z, LABELS), textbook.statistics)
 
 
-def settle(D):
-    """Lets the power iterations find the spectral norms, and rest."""
+@functools.cache
+def discriminator_forms(size, num_classes):
+    """Runs a toy discriminator and its textbook form, once the power iterations have found the spectral norms."""
+    torch.manual_seed(0)
+    D = shaken(gan.Discriminator(size, 3, 4, 8, num_classes))
     for layer in gan.layers_of(D, torch.nn.Conv2d, torch.nn.Linear, torch.nn.Embedding):
+        weight = layer.parametrizations.weight
         for _ in range(1000):
-            layer.parametrizations.weight[0](layer.parametrizations.weight.original.detach())
+            weight[0](weight.original.detach())
     D.eval()
+    x = (torch.rand(4, 3, size, size) * 2 - 1).requires_grad_()
+    return Forms(D, x, D(x, LABELS), textbook_discriminator(D, x, LABELS))
 
 
-EACH_FORM = [("G", 16, 3), ("D", 16, 3), ("G", 32, 3), ("D", 32, 3), ("G", 16, 0), ("D", 16, 0)]
+def gradients(forms, out):
+    """Returns the gradients of a random sum of outputs, by all parameters and the input."""
+    weights = torch.randn(out.shape, generator=seeded(1))
+    wanted = [*forms.net.parameters(), forms.given]
+    return torch.autograd.grad((out * weights).sum(), wanted, retain_graph=True)
 
 
-@pytest.mark.parametrize("name, size, num_classes", EACH_FORM)
-def test_networks_equal_their_textbook_form_in_outputs(name, size, num_classes):
-    """Layers in their usual order, with exact spectral norms."""
-    forms, _ = both_forms(size, num_classes)
-    _, _, ours, theirs = forms[name]
-    assert gap(ours.detach(), theirs.detach()) < 1e-5
+def gradient_gap(forms):
+    """Returns the largest difference of gradients, as a share of the largest gradient."""
+    theirs = gradients(forms, forms.theirs)
+    largest = max(g.abs().max() for g in theirs)
+    pairs = zip(gradients(forms, forms.ours), theirs, strict=True)
+    return max(gap(a / largest, b / largest) for a, b in pairs)
 
 
-@pytest.mark.parametrize("name, size, num_classes", EACH_FORM)
-def test_networks_equal_their_textbook_form_in_gradients(name, size, num_classes):
-    """Layers in their usual order, with exact spectral norms, differentiated by autograd."""
-    forms, _ = both_forms(size, num_classes)
-    net, given, ours, theirs = forms[name]
-    weights = torch.randn(ours.shape, generator=seeded(1))
-    wanted = [*net.parameters(), given]
-    our_gradients = torch.autograd.grad((ours * weights).sum(), wanted)
-    their_gradients = torch.autograd.grad((theirs * weights).sum(), wanted)
-
-    largest = max(g.abs().max() for g in their_gradients)
-    for ours, theirs in zip(our_gradients, their_gradients, strict=True):
-        assert gap(ours / largest, theirs / largest) < 1e-5
+SHAPES = [(16, 0), (16, 3), (32, 3)]
 
 
-@pytest.mark.parametrize("size", [16, 32])
-def test_generator_statistics_are_those_of_the_textbook_form(size):
+@pytest.mark.parametrize("size, num_classes", SHAPES)
+def test_generator_equals_its_textbook_form(size, num_classes):
+    """Layers in their usual order."""
+    forms = generator_forms(size, num_classes)
+    assert gap(forms.ours.detach(), forms.theirs.detach()) < 1e-5
+
+
+@pytest.mark.parametrize("size, num_classes", SHAPES)
+def test_generator_has_the_gradients_of_its_textbook_form(size, num_classes):
+    """Layers in their usual order, differentiated by autograd."""
+    assert gradient_gap(generator_forms(size, num_classes)) < 1e-5
+
+
+@pytest.mark.parametrize("size, num_classes", SHAPES)
+def test_generator_has_the_statistics_of_its_textbook_form(size, num_classes):
     """Layers in their usual order; torch's batch norm moves its statistics by a tenth, with the sample's variance."""
-    forms, statistics = both_forms(size, 3)
-    G = forms["G"][0]
-    sides = {}  # a block's first norm sees each pixel once, before it is repeated; the textbook's sees it four times
+    forms = generator_forms(size, num_classes)
+    G = forms.net
+    sides = {G.norm: size}
     for i, block in enumerate(G.blocks):
-        sides[block.norm1.norm] = 4 * 2**i
+        sides[block.norm1.norm] = 4 * 2**i  # it sees each pixel once, the textbook's four times
         sides[block.norm2.norm] = 8 * 2**i
-    sides[G.norm] = size
 
-    assert {norm for norm, _, _ in statistics} == set(gan.layers_of(G, gan.BatchNorm))
-    for norm, mean, var in statistics:
+    assert {norm for norm, _, _ in forms.statistics} == set(gan.layers_of(G, gan.BatchNorm))
+    for norm, mean, var in forms.statistics:
         n = 4 * sides[norm] ** 2
         assert gap(norm.running_mean, 0.1 * mean) < 1e-5
         assert gap(norm.running_var, 0.9 + 0.1 * var * n / (n - 1)) < 1e-5
 
 
+@pytest.mark.parametrize("size, num_classes", SHAPES)
+def test_discriminator_equals_its_textbook_form(size, num_classes):
+    """Layers in their usual order, with exact spectral norms."""
+    forms = discriminator_forms(size, num_classes)
+    assert gap(forms.ours.detach(), forms.theirs.detach()) < 1e-5
+
+
+@pytest.mark.parametrize("size, num_classes", SHAPES)
+def test_discriminator_has_the_gradients_of_its_textbook_form(size, num_classes):
+    """Layers in their usual order, with exact spectral norms, differentiated by autograd."""
+    assert gradient_gap(discriminator_forms(size, num_classes)) < 1e-5
+
+
 def test_discriminator_judges_each_image_alone():
     """The definition: a logit does not depend on the other images of its batch."""
-    forms, _ = both_forms(16, 3)
-    D, x, logits, _ = forms["D"]
-    alone = [D(x[i : i + 1], torch.tensor([y])) for i, y in enumerate([0, 1, 2, 1])]
-    assert gap(torch.cat(alone).detach(), logits.detach()) < 1e-5
+    forms = discriminator_forms(16, 3)
+    alone = [forms.net(forms.given[i : i + 1], LABELS[i : i + 1]) for i in range(4)]
+    assert gap(torch.cat(alone).detach(), forms.ours.detach()) < 1e-5
 
 
 # ---- gan.py: losses
@@ -1159,11 +1216,10 @@ def test_atomic_write_keeps_the_old_file_until_the_new_one_is_whole(error, place
     path.write_text("old")
     if place == "os.replace":
         monkeypatch.setattr(os, "replace", raising(error))
-    with pytest.raises(type(error)):
-        with gan.atomic_write(path) as file:
-            file.write(b"new")
-            if place == "write":
-                raise error
+    with pytest.raises(type(error)), gan.atomic_write(path) as file:
+        file.write(b"new")
+        if place == "write":
+            raise error
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["x"]
     if isinstance(error, OSError):
@@ -1179,18 +1235,16 @@ def test_atomic_write_makes_folders(tmp_path):
 
 def test_reading_reports_any_error_in_a_sentence():
     """The definition; torch's advice to unpickle a file is left out."""
-    with pytest.raises(gan.UserError) as caught:
-        with gan.reading("x.pt", "checkpoint"):
-            raise RuntimeError("bad magic number. If you trust the file, unpickle it")
+    with pytest.raises(gan.UserError) as caught, gan.reading("x.pt", "checkpoint"):
+        raise RuntimeError("bad magic number. If you trust the file, unpickle it")
     assert str(caught.value) == "x.pt is damaged or no checkpoint: RuntimeError: bad magic number"
 
 
 @pytest.mark.parametrize("error", [MemoryError(), gan.UserError("reported"), ImportError("no torch")])
 def test_reading_passes_errors_that_are_not_of_the_file(error):
     """The definition."""
-    with pytest.raises(type(error)) as caught:
-        with gan.reading("x.pt", "checkpoint"):
-            raise error
+    with pytest.raises(type(error)) as caught, gan.reading("x.pt", "checkpoint"):
+        raise error
     assert caught.value is error
 
 
@@ -2149,11 +2203,10 @@ def test_stop_on_signal_leaves_ignored_signals_ignored(number, config, handlers,
 def test_stop_on_signal_interrupts_by_the_second(handlers):
     """Python's own handler of Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(KeyboardInterrupt):
-        with gan.stop_on_signal() as stop:
-            signal.raise_signal(signal.SIGINT)
-            assert len(stop) == 1
-            signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), gan.stop_on_signal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert len(stop) == 1
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_stop_on_signal_restores_handlers_where_some_signals_are_unknown(handlers, monkeypatch):
@@ -2305,32 +2358,33 @@ def test_train_in_two_processes_is_the_run_of_one(tmp_path, folder):
     assert gap(one, two) < 1e-4
 
 
-DIFFER = f"""
-import os, sys
+MISTAKES = f"""
+import contextlib, os, sys
 sys.path.insert(0, {str(HERE)!r})
 import gan
+for mistake in (["--lossy"], ["--resume", "nowhere"]):  # before the processes join
+    with contextlib.suppress(SystemExit):
+        gan.main(["train", *mistake])
 gan.main(["train", "--device", "cpu", "--size", "16", "--seed", os.environ["RANK"]])
 """
 
 
 @pytest.mark.parametrize(
-    "argv, hint",
+    "argv, hints",
     [
-        ("gan.py train --data nowhere --device cpu", "no folder"),
-        ("gan.py train --resume nowhere --device cpu", "no run 'nowhere'"),
-        ("gan.py train --lossy", "--lossy"),
-        ("differ.py", "need the same flags"),
+        ("mistakes.py", ["--lossy", "no run 'nowhere'", "need the same flags"]),
+        ("gan.py train --data nowhere --device cpu", ["no folder"]),
     ],
 )
-def test_main_reports_once_under_torchrun(argv, hint, tmp_path):
-    """The definition: one line, and nothing is written."""
-    (tmp_path / "differ.py").write_text(DIFFER)
+def test_main_reports_once_under_torchrun(argv, hints, tmp_path):
+    """The definition: one line for each mistake, and nothing is written."""
+    (tmp_path / "mistakes.py").write_text(MISTAKES)
     shutil.copy(HERE / "gan.py", tmp_path)
     done = torchrun(*argv.split(), cwd=tmp_path)
     errors = [line for line in done.stderr.splitlines() if ".py: error: " in line]
     assert done.returncode != 0
-    assert len(errors) == 1, done.stderr
-    assert hint in errors[0]
+    assert len(errors) == len(hints), done.stderr
+    assert all(hint in error for hint, error in zip(hints, errors))
     assert not (tmp_path / "runs").exists()
 
 
@@ -2495,24 +2549,25 @@ def test_sample_command_walks(run, tmp_path):
     assert torch.equal(pil_to_tensor(Image.open(tmp_path / "w.png")), gan.tile(walked.flatten(0, 1)))
 
 
-class Traced(gan.GAN):
-    """Records what reaches G's first layer."""
+def traced(inputs):
+    """Makes a GAN that appends to the list what reaches G's first layer."""
 
-    inputs = []
+    class Traced(gan.GAN):
+        @staticmethod
+        def networks(config, num_classes):
+            G, D = gan.GAN.networks(config, num_classes)
+            G.linear.register_forward_pre_hook(lambda layer, given: inputs.append(given[0]))
+            return G, D
 
-    @staticmethod
-    def networks(config, num_classes):
-        G, D = gan.GAN.networks(config, num_classes)
-        G.linear.register_forward_pre_hook(lambda layer, inputs: Traced.inputs.append(inputs[0]))
-        return G, D
+    return Traced
 
 
-def test_sample_command_feeds_g_the_truncated_normal(run, tmp_path, monkeypatch):
+def test_sample_command_feeds_g_the_truncated_normal(run, tmp_path):
     """The closed form of the distribution, at G's first layer, for the statistics and for the samples."""
-    monkeypatch.setattr(Traced, "inputs", [])
+    inputs = []
     argv = ["--run", str(run), "--trunc", "0.7", "--n", "2000", "--device", "cpu", "--out", str(tmp_path / "s.npz")]
-    gan.main(["sample", *argv], model=Traced)
-    z = torch.cat(Traced.inputs)[:, :8].double()
+    gan.main(["sample", *argv], model=traced(inputs))
+    z = torch.cat(inputs)[:, :8].double()
     assert len(z) == 20 * 64 + 2000
     assert z.abs().max() <= 0.7
     for some in (z[: 20 * 64], z[20 * 64 :]):
@@ -2589,31 +2644,6 @@ def test_main_shows_faults_of_the_program(monkeypatch):
     monkeypatch.setattr(gan, "train", raising(KeyError("a fault")))
     with pytest.raises(KeyError):
         gan.main(["train"])
-
-
-ALONE = """
-import sys, gan
-gan.main(["train", "--steps", "2", *sys.argv[1:]])
-gan.main(["sample", "--n", "3"])
-gan.main(["eval"])
-"""
-
-
-def test_main_trains_and_samples_with_the_file_alone(tmp_path, folder):
-    """A copy of gan.py in an empty folder; eval needs metrics.py, and says so in a line."""
-    shutil.copy(HERE / "gan.py", tmp_path)
-    done = command("-c", ALONE, "--data", folder, *TOY_FLAGS, cwd=tmp_path)
-    assert (tmp_path / "samples.png").exists()
-    assert done.returncode == 2
-    assert "No module named 'metrics'" in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-def test_metrics_file_works_alone(tmp_path, folder, extractor_file):
-    """A copy of metrics.py in an empty folder."""
-    shutil.copy(HERE / "metrics.py", tmp_path)
-    done = command("metrics.py", folder, folder, "--extractor", extractor_file, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
 
 
 @contextlib.contextmanager
