@@ -23,7 +23,6 @@ import sys
 import urllib.error
 import zipfile
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
