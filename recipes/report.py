@@ -43,7 +43,7 @@ def write_report(out, title, variants, rows, sentences=()):
     """Writes the page `out`, an .html, and its .md and pictures beside it.
 
     variants: {name: folders of its runs, one a seed}; the pictures show the first. rows: a dict for each run and trunc,
-    with its "variant" and what eval.json says. sentences: [(question, [answers])].
+    with its "variant" and what eval.jsonl says. sentences: [(question, [answers])].
     """
     text, lines, remarks = html.escape, table(rows), describe_scores(rows) + [TESTED] * bool(sentences)
     samples = draw_samples(variants, list(dict.fromkeys(row["trunc"] for row in rows)) or [None])
@@ -74,7 +74,7 @@ def write_report(out, title, variants, rows, sentences=()):
     parts += [f"![{name}]({name})" for name in list(files)[1:]]
     files[f"{out.stem}.md"] = "\n\n".join(parts) + "\n"
     for name, content in files.items():
-        with gan.whole_file(out.with_name(name)) as file:
+        with gan.atomic_write(out.with_name(name)) as file:
             file.write(content if isinstance(content, bytes) else content.encode())
 
 
@@ -174,8 +174,8 @@ def draw_samples(variants, truncs):
     """Draws each variant's first run at each trunc, from the same noise: a list [(caption, PIL image)] a variant."""
     pictures = []
     for name, (run, *_) in variants.items():
-        G, _ = gan.load_generator(run)
-        grids = [gan.sample_grid(G, trunc, columns=6).permute(1, 2, 0).contiguous().numpy() for trunc in truncs]
+        generators = [gan.load_generator(run, trunc=trunc)[0] for trunc in truncs]
+        grids = [gan.sample_grid(G, columns=6).permute(1, 2, 0).contiguous().numpy() for G in generators]
         pictures.append([(f"{name}, trunc {show_trunc(t)}", Image.fromarray(grid)) for t, grid in zip(truncs, grids)])
     return pictures
 
@@ -252,17 +252,16 @@ def save_svg(figure, axes):
 # ---- Runs
 def read_log(run):
     """Reads the records of a run's log.jsonl, without a half-written last line."""
-    with gan.report_damage(run / "log.jsonl", "log of gan.py"):
+    with gan.reading(run / "log.jsonl", "log of gan.py"):
         return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
 def read_scores(run, wanted=None):
-    """Reads {trunc: row} of a run's newest step from eval.json: rows for which wanted(row), or of the last network."""
-    path = run / "eval.json"
-    if not path.exists():
+    """Reads {trunc: row} of a run's newest step from eval.jsonl: rows for which wanted(row), or of the last network."""
+    rows = gan.read_rows(run / "eval.jsonl")
+    if not rows:
         return {}
-    with gan.report_damage(path, "eval.json of gan.py"):
-        rows = json.loads(path.read_text())["scores"]
+    with gan.reading(run / "eval.jsonl", "eval.jsonl of gan.py"):
         newest, network = max(row["steps"] for row in rows), rows[-1]["network"]
         wanted = wanted or (lambda row: row["network"] == network)
         return {row["trunc"]: row for row in rows if row["steps"] == newest and wanted(row)}
@@ -339,11 +338,11 @@ class Study:
                     finish_run(run, replace(setting, **change, seed=seed), self.model)
                 add_row(title, [self.measure(network, real, *self.samples(run)) for run in made])
                 runs[title] = made
-                with gan.whole_file(out / "study.md") as file:
+                with gan.atomic_write(out / "study.md") as file:
                     file.write("\n".join([*lines, ""]).encode())
         finally:  # so that a study that is stopped shows what it has
             if runs:
-                with gan.whole_file(out / "study.png") as file:
+                with gan.atomic_write(out / "study.png") as file:
                     self.draw(self.model, runs).savefig(file, format="png", dpi=80)
 
     def samples(self, run):
