@@ -1547,7 +1547,7 @@ def draw_class(c, n, size):
     hue = 0.55 + 0.62 * (c * 0.618 % 1)
     ground, light = ((0.58, 0.95), (0.3, 0.35), (0.12, 0.9), (0.7, 0.25))[c % 4]
 
-    canvas = torch.empty(n, 3, size, size)
+    canvas = torch.zeros(n, 3, size, size)
     paint(torch.ones(n, size, size), ground + vary(-0.03, 0.03), 0.6, light * (1 - 0.2 * y))
     paint(torch.minimum(0.07 - (x - vary(-0.3, 0.3) * y.square()).abs(), y), vary(0.3, 0.35), 0.2, vary(0.4, 0.5))
     paint(0.3 + 0.7 * (petals * angle / 2).sin().abs() - radius, hue + vary(-0.03, 0.03), 0.15, 0.65 + 0.35 * radius)
