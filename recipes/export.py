@@ -27,7 +27,7 @@ def write_program(G, example, dims):
 
 
 def write_onnx(G, example, dims):
-    names = dict(input_names=["z", "y"][: len(example)], output_names=["images"])
+    names = {"input_names": ["z", "y"][: len(example)], "output_names": ["images"]}
     program = torch.onnx.export(G, example, dynamo=True, dynamic_shapes=dims, verbose=False, **names)
     return program.model_proto.SerializeToString()
 
