@@ -8,6 +8,7 @@ the truncation lie inside: draw z with the same bound. The file is checked again
 Takes `run_command` from report.py.
 """
 
+import importlib
 import io
 import logging
 import sys
@@ -104,15 +105,21 @@ def export_run(run, trunc, out):
     """Writes the averaged generator of a run."""
     if out.suffix not in KINDS:
         raise gan.UserError(f"--out {out}: give a file that ends in {', '.join(KINDS)}")
+    if out.suffix == ".onnx":
+        check_onnx()
     G, _ = gan.load_generator(gan.find_run(run), trunc=trunc)
     logging.disable()  # torch's exporter tells of its steps
-    try:
-        error = export(G, out)
-    except ImportError as missing:
-        raise gan.UserError(f"{out.suffix} needs recipes/requirements.txt: {missing}")
-    finally:
-        logging.disable(logging.NOTSET)
+    error = export(G, out)
     gan.say(f"wrote {out}: {error:.1g} from the generator's images at most")
+
+
+def check_onnx():
+    """Refuses to begin where the packages for ONNX are not installed."""
+    for name in ("onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise gan.UserError(f"ONNX needs the packages in recipes/requirements.txt: {error}")
 
 
 def main(argv=None):

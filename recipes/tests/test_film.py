@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-import film
 import pytest
 import torch
 from PIL import Image, ImageSequence
 from torchvision.transforms.functional import pil_to_tensor
 
+import film
 import gan
 
 TOY = {"size": 16, "width": 4, "max_width": 8, "z_dim": 8, "batch": 8, "device": "cpu", "amp": "off", "steps": 3}

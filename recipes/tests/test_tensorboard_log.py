@@ -3,9 +3,9 @@ from dataclasses import replace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard_log import Logged
 
 import gan
+from tensorboard_log import Logged
 
 TOY = {"size": 16, "width": 4, "max_width": 8, "z_dim": 8, "batch": 8, "device": "cpu", "amp": "off", "log_every": 1}
 

@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-import watch
 
 import gan
 import metrics
+import watch
 
 TOY = {"size": 16, "width": 4, "max_width": 8, "z_dim": 8, "batch": 8, "device": "cpu", "amp": "off"}
 EVERY_STEP = 1 / 170  # of an epoch of 1,360 images
@@ -110,7 +110,7 @@ def test_train_step_scores_a_checkpoint_that_a_killed_run_did_not(config, put_sc
 def test_save_writes_a_plain_gan(config, put_scores):
     put_scores(1, 2, 3)
     run = train(replace(config, patience=100))
-    G, saved = gan.load_generator(run / "best.pt")
+    _, saved = gan.load_generator(run / "best.pt")
     assert type(saved) is gan.Config
     assert gan.train(replace(saved, steps=4), run) == run
 
