@@ -1,83 +1,138 @@
 # SPDX-License-Identifier: MIT
-"""Tests of autoencoder.py at toy size: offline, on the CPU."""
-
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
 import autoencoder
 import gan
 
-
-def test_moment_loss_against_closed_forms():
-    root = math.sqrt(3)
-    exact = torch.tensor([root, -root, 0, 0, 0, 0])  # mean 0, variance 1, kurtosis 9 / 3
-    assert autoencoder.moment_loss(exact[:, None]) < 1e-10
-    assert autoencoder.moment_loss(exact[:, None] + 2).item() == pytest.approx(4, abs=1e-5)  # the mean alone
-    assert autoencoder.moment_loss(exact[:, None] * 2).item() == pytest.approx(9, abs=1e-5)  # a variance of 4
-    coin, uniform = torch.tensor([1.0, -1.0] * 50), torch.linspace(-1, 1, 100_001, dtype=torch.float64) * root
-    assert autoencoder.moment_loss(coin[:, None]).item() == pytest.approx((1 - 3) ** 2, abs=1e-5)
-    assert autoencoder.moment_loss(uniform[:, None]).item() == pytest.approx((9 / 5 - 3) ** 2, abs=1e-3)
-    both = torch.stack([coin, torch.zeros(100).index_fill(0, torch.tensor([0, 1]), 0) + coin * 3], dim=1)
-    assert autoencoder.moment_loss(both).item() == pytest.approx((4 + 4 + 64) / 2, abs=1e-4)  # the mean over latents
+ROOT = math.sqrt(3)
+EXACT = torch.tensor([ROOT, -ROOT, 0, 0, 0, 0])  # mean 0, variance 1, kurtosis 9 / 3
+COIN = torch.tensor([1.0, -1.0] * 50)  # kurtosis 1
+UNIFORM = torch.linspace(-ROOT, ROOT, 100_001, dtype=torch.float64)  # kurtosis 9 / 5
 
 
-def test_descent_on_the_moment_loss_makes_a_normal():
+@pytest.mark.parametrize(
+    "z, loss",
+    [
+        (EXACT, 0),
+        (EXACT + 2, 2**2),  # of the mean alone
+        (EXACT * 2, (4 - 1) ** 2),  # of a variance of 4
+        (COIN, (1 - 3) ** 2),
+        (UNIFORM, (9 / 5 - 3) ** 2),
+    ],
+)
+def test_moment_loss_agrees_with_closed_forms(z, loss):
+    assert autoencoder.moment_loss(z[:, None]).item() == pytest.approx(loss, abs=1e-3)
+
+
+def test_moment_loss_averages_the_latents():
+    both = torch.stack([COIN, 3 * COIN], dim=1)
+    expected = (2**2 + 2**2 + (9 - 1) ** 2) / 2  # both kurtoses, and the variance of the second
+    assert autoencoder.moment_loss(both).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_moment_loss_makes_a_normal_by_descent():
     torch.manual_seed(0)
     z = (3 + 5 * torch.rand(2000, 3)).requires_grad_()
-    before, optimizer = autoencoder.kolmogorov_distance(z.detach()), torch.optim.Adam([z], 0.05)
+    before = autoencoder.kolmogorov_distance(z.detach())
+    optimizer = torch.optim.Adam([z], 0.05)
     for _ in range(300):
         optimizer.zero_grad()
         autoencoder.moment_loss(z).backward()
         optimizer.step()
-    assert autoencoder.moment_loss(z) < 1e-3 and (autoencoder.kolmogorov_distance(z.detach()) < before / 5).all()
+    assert autoencoder.moment_loss(z) < 1e-3
+    assert (autoencoder.kolmogorov_distance(z.detach()) < before / 5).all()
 
 
-def test_kolmogorov_distance_against_closed_forms():
+def test_kolmogorov_distance_agrees_with_closed_forms():
     n = 1000
     middle = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)  # as close as n numbers come
-    columns = torch.stack([middle, middle + 1, torch.zeros(n), torch.full((n,), 9.0)], dim=1)
-    shifted = 2 * torch.special.ndtr(torch.tensor(0.5)).item() - 1  # of two normals one apart, halfway
-    distances = autoencoder.kolmogorov_distance(columns[torch.randperm(n)])
-    assert distances.tolist() == pytest.approx([0.5 / n, shifted, 0.5, 1], abs=1.5 / n)
+    columns = [middle, middle + 1, torch.zeros(n), torch.full((n,), 9.0)]
+    shuffled = torch.stack(columns, dim=1)[torch.randperm(n)]
+    halfway = torch.special.ndtr(torch.tensor([-0.5, 0.5]))
+    shifted = (halfway[1] - halfway[0]).item()  # of two normals one apart
+    expected = [0.5 / n, shifted, 0.5, 1]
+    assert autoencoder.kolmogorov_distance(shuffled).tolist() == pytest.approx(expected, abs=1.5 / n)
 
 
-def test_training_rebuilds_and_shapes(tmp_path):
-    images = gan.load_images("synthetic", 32, 1)[0][:256]
-    nets = {m: autoencoder.train(images, images[:64], epochs=8, moments=m, batch=32) for m in (False, True)}
-    net, history = nets[False]
-    assert history.shape == (8, 64, 100) and torch.equal(history[-1], net.encode(gan.to_float(images[:64])))
+# ---- Training
+@pytest.fixture(scope="module")
+def images():
+    return gan.load_images("synthetic", 32, 1)[0][:256]
+
+
+@pytest.fixture(scope="module")
+def plain(images):
+    return autoencoder.train(images, images[:64], epochs=8, moments=False, batch=32)
+
+
+def test_train_returns_the_latents_of_each_epoch(images, plain):
+    net, history = plain
+    assert history.shape == (8, 64, 100)
+    assert torch.equal(history[-1], net.encode(gan.to_float(images[:64])))
+
+
+def test_train_rebuilds_the_images(images, plain):
+    net, history = plain
     x = gan.to_float(images)
-    assert F.mse_loss(net.decode(history[-1]), x[:64]) < 0.6 * F.mse_loss(x.mean(dim=0).expand(64, -1, -1, -1), x[:64])
-    distances = {m: autoencoder.kolmogorov_distance(history[-1]).median() for m, (_, history) in nets.items()}
-    assert distances[True] < 0.7 * distances[False]
-    first = autoencoder.train(images, images[:64], epochs=1, batch=32)[1]
-    assert torch.equal(first, autoencoder.train(images, images[:64], epochs=1, batch=32)[1])
-    autoencoder.draw_figure(tmp_path / "x.png", history, {"samples": images[:18]})
+    mean = x.mean(dim=0).expand(64, -1, -1, -1)
+    assert F.mse_loss(net.decode(history[-1]), x[:64]) < 0.6 * F.mse_loss(mean, x[:64])
+
+
+def test_train_with_the_moment_loss_makes_latents_more_normal(images, plain):
+    _, shaped = autoencoder.train(images, images[:64], epochs=8, moments=True, batch=32)
+    before, after = (autoencoder.kolmogorov_distance(z[-1]).median() for z in (plain[1], shaped))
+    assert after < 0.7 * before
+
+
+def test_train_follows_from_the_seed(images):
+    _, first = autoencoder.train(images, images[:64], epochs=1, batch=32)
+    _, second = autoencoder.train(images, images[:64], epochs=1, batch=32)
+    assert torch.equal(first, second)
+
+
+def test_draw_figure_writes_a_picture(images, plain, tmp_path):
+    autoencoder.draw_figure(tmp_path / "x.png", plain[1], {"samples": images[:18]})
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
-def test_walks_are_straight():
+def test_walk_is_straight():
     ends = torch.tensor([[0.0, 1.0], [8.0, 5.0], [9.0, 9.0], [9.0, 1.0]])
-    assert autoencoder.walk(ends).tolist() == [[i, 1 + i / 2] for i in range(9)] + [[9, 9 - i] for i in range(9)]
+    first = [[i, 1 + i / 2] for i in range(9)]
+    second = [[9, 9 - i] for i in range(9)]
+    assert autoencoder.walk(ends).tolist() == first + second
 
 
-def test_the_gan_is_inverted(tmp_path):
-    shape = dict(size=32, channels=1, width=4, max_width=8, z_dim=4, batch=8, steps=8, device="cpu", amp="off")
-    G, _ = gan.load_generator(gan.train(gan.Config(**shape, runs=str(tmp_path))))
-    samples = gan.to_uint8(G(gan.sample_z(2, 4, generator=torch.Generator().manual_seed(3))))
-    found = gan.to_uint8(G(autoencoder.invert(G, samples, starts=8, steps=60)))
-    assert F.mse_loss(found.float(), samples.float()) < F.mse_loss(samples[:1].float(), samples[1:].float()) / 4
+# ---- The command
+@pytest.fixture
+def small_mnist(images, monkeypatch, put_reader):
+    """Puts drawn flowers in the place of MNIST, and the means of quarters in the place of its reader."""
+    put_reader(lambda x: F.adaptive_avg_pool2d(x[:, :1], 2).flatten(1))
+    monkeypatch.setattr(gan, "load_images", lambda *_: (images, None, []))
+    monkeypatch.setattr(autoencoder.classifier, "load_test_set", lambda *_: (images[:64], None))
 
 
-def test_bad_input_ends_with_one_line(tmp_path, capsys):
-    for argv in (["--extractor", "no.pt2"], ["--gan", str(tmp_path / "no")], ["--epochs", "2"]):
-        with pytest.raises(SystemExit) as stop:
-            autoencoder.main(argv)
-        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+def train_gan(tmp_path, size):
+    shape = {"size": size, "channels": 1, "width": 4, "max_width": 8, "z_dim": 4, "batch": 8, "amp": "off"}
+    return str(gan.train(gan.Config(**shape, steps=2, device="cpu", runs=str(tmp_path))))
+
+
+def test_main_compares_three_generators(tmp_path, small_mnist, capsys):
+    argv = ["--gan", train_gan(tmp_path, 32), "--epochs", "3", "--out", str(tmp_path / "x.png")]
+    capsys.readouterr()
+    autoencoder.main(argv)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "FD(digits)" in line]
+    assert [line.partition(":")[0] for line in lines] == ["without moments", "with moments", "GAN"]
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_main_refuses_a_gan_of_another_size(tmp_path, refusal):
+    assert "gray images of 32 pixels" in refusal(autoencoder.main, ["--gan", train_gan(tmp_path, 16)])
+
+
+@pytest.mark.parametrize("flag, value", [("--extractor", "no.pt2"), ("--gan", "no"), ("--epochs", "2")])
+def test_main_refuses_bad_flags(flag, value, refusal):
+    assert value in refusal(autoencoder.main, [flag, value])
