@@ -17,32 +17,46 @@ import gan
 
 @dataclass
 class Config(gan.Config):
-    init_from: str | None = gan.option(None, "run or checkpoint whose weights to start from")
+    init_from: str | None = gan.option(None, "run or checkpoint whose weights to start from", bool)
+
+    def __post_init__(self):
+        if self.init_from is not None:  # now, since images that take minutes to load come next
+            gan.read_checkpoint(gan.find_run(self.init_from, self.runs))
 
 
 class FineTune(gan.GAN):
+    """Takes over weights before its first step; what is saved is a plain GAN, which needs no source to go on."""
+
     Config = Config
 
     def __init__(self, config, num_classes=0, device="cpu"):
         super().__init__(config, num_classes, device)
-        self.source = config.init_from and gan.find_run(config.init_from, config.runs)
-        # What is saved is a plain GAN, to which eval, sample and --resume need no source.
+        self.source = config.init_from
         self.config = gan.Config(**{f.name: getattr(config, f.name) for f in fields(gan.Config)})
 
     def train_step(self, data):
         if self.steps == 0 and self.source:
-            self.take_over(self.source)
+            self.take_over(gan.find_run(self.source, self.config.runs))
         return super().train_step(data)
 
     def take_over(self, run):
-        """Takes over the weights of a run that fit, and says what share of them fit."""
-        content, taken, total = gan.read_checkpoint(run, type(self)), 0, 0
-        for net, old in ((getattr(self, name), content[name]) for name in ("G", "D", "G_ema")):
-            new, same = net.state_dict(), self.classes == content["classes"]
-            fit = {k: old[k] for k in new if k in old and old[k].shape == new[k].shape and (same or "embed" not in k)}
-            net.load_state_dict(new | fit)
-            taken, total = taken + sum(t.numel() for t in fit.values()), total + sum(t.numel() for t in new.values())
-        if not taken:
+        """Takes over the weights of a run that fit, and says what share of them do."""
+        content = gan.read_checkpoint(run)
+        same_classes = self.classes == content["classes"]
+        taken = 0
+        total = 0
+        for part in ("G", "D", "G_ema"):
+            state = getattr(self, part).state_dict()  # shares its memory with the network
+            for name, tensor in state.items():
+                old = content[part].get(name)
+                fits = old is not None and old.shape == tensor.shape
+                matrix = tensor.numel() if tensor.ndim > 1 else 0  # vectors can fit by chance
+                total += matrix
+                if fits and (same_classes or "embed" not in name):
+                    tensor.copy_(old)
+                    taken += matrix
+
+        if taken == 0:
             raise gan.UserError(f"no weights of {run} fit: give its --size, --width, --max-width and --z-dim")
         gan.say(f"{taken / total:.0%} of the weights are those of {run} at step {content['steps']}")
 

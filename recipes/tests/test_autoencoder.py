@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import autoencoder
+import gan
+
+ROOT = math.sqrt(3)
+EXACT = torch.tensor([ROOT, -ROOT, 0, 0, 0, 0])  # mean 0, variance 1, kurtosis 9 / 3
+COIN = torch.tensor([1.0, -1.0] * 50)  # kurtosis 1
+UNIFORM = torch.linspace(-ROOT, ROOT, 100_001, dtype=torch.float64)  # kurtosis 9 / 5
+
+
+@pytest.mark.parametrize(
+    "z, loss",
+    [
+        (EXACT, 0),
+        (EXACT + 2, 2**2),  # of the mean alone
+        (EXACT * 2, (4 - 1) ** 2),  # of a variance of 4
+        (COIN, (1 - 3) ** 2),
+        (UNIFORM, (9 / 5 - 3) ** 2),
+    ],
+)
+def test_moment_loss_agrees_with_closed_forms(z, loss):
+    assert autoencoder.moment_loss(z[:, None]).item() == pytest.approx(loss, abs=1e-3)
+
+
+def test_moment_loss_averages_the_latents():
+    both = torch.stack([COIN, 3 * COIN], dim=1)
+    expected = (2**2 + 2**2 + (9 - 1) ** 2) / 2  # both kurtoses, and the variance of the second
+    assert autoencoder.moment_loss(both).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_moment_loss_makes_a_normal_by_descent():
+    torch.manual_seed(0)
+    z = (3 + 5 * torch.rand(2000, 3)).requires_grad_()
+    before = autoencoder.kolmogorov_distance(z.detach())
+    optimizer = torch.optim.Adam([z], 0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        autoencoder.moment_loss(z).backward()
+        optimizer.step()
+    assert autoencoder.moment_loss(z) < 1e-3
+    assert (autoencoder.kolmogorov_distance(z.detach()) < before / 5).all()
+
+
+def test_kolmogorov_distance_agrees_with_closed_forms():
+    n = 1000
+    middle = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)  # as close as n numbers come
+    columns = [middle, middle + 1, torch.zeros(n), torch.full((n,), 9.0)]
+    shuffled = torch.stack(columns, dim=1)[torch.randperm(n)]
+    halfway = torch.special.ndtr(torch.tensor([-0.5, 0.5]))
+    shifted = (halfway[1] - halfway[0]).item()  # of two normals one apart
+    expected = [0.5 / n, shifted, 0.5, 1]
+    assert autoencoder.kolmogorov_distance(shuffled).tolist() == pytest.approx(expected, abs=1.5 / n)
+
+
+# ---- Training
+@pytest.fixture(scope="module")
+def images():
+    return gan.load_images("synthetic", 32, 1)[0][:256]
+
+
+@pytest.fixture(scope="module")
+def plain(images):
+    return autoencoder.train(images, images[:64], epochs=8, moments=False, batch=32)
+
+
+def test_train_returns_the_latents_of_each_epoch(images, plain):
+    net, history = plain
+    assert history.shape == (8, 64, 100)
+    assert torch.equal(history[-1], net.encode(gan.to_float(images[:64])))
+
+
+def test_train_rebuilds_the_images(images, plain):
+    net, history = plain
+    x = gan.to_float(images)
+    mean = x.mean(dim=0).expand(64, -1, -1, -1)
+    assert F.mse_loss(net.decode(history[-1]), x[:64]) < 0.6 * F.mse_loss(mean, x[:64])
+
+
+def test_train_with_the_moment_loss_makes_latents_more_normal(images, plain):
+    _, shaped = autoencoder.train(images, images[:64], epochs=8, moments=True, batch=32)
+    before, after = (autoencoder.kolmogorov_distance(z[-1]).median() for z in (plain[1], shaped))
+    assert after < 0.7 * before
+
+
+def test_train_follows_from_the_seed(images):
+    _, first = autoencoder.train(images, images[:64], epochs=1, batch=32)
+    _, second = autoencoder.train(images, images[:64], epochs=1, batch=32)
+    assert torch.equal(first, second)
+
+
+def test_draw_figure_writes_a_picture(images, plain, tmp_path):
+    autoencoder.draw_figure(tmp_path / "x.png", plain[1], {"samples": images[:18]})
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_walk_is_straight():
+    ends = torch.tensor([[0.0, 1.0], [8.0, 5.0], [9.0, 9.0], [9.0, 1.0]])
+    first = [[i, 1 + i / 2] for i in range(9)]
+    second = [[9, 9 - i] for i in range(9)]
+    assert autoencoder.walk(ends).tolist() == first + second
+
+
+# ---- The command
+@pytest.fixture
+def small_mnist(images, monkeypatch, put_reader):
+    """Puts drawn flowers in the place of MNIST, and the means of quarters in the place of its reader."""
+    put_reader(lambda x: F.adaptive_avg_pool2d(x[:, :1], 2).flatten(1))
+    monkeypatch.setattr(gan, "load_images", lambda *_: (images, None, []))
+    monkeypatch.setattr(autoencoder.classifier, "load_test_set", lambda *_: (images[:64], None))
+
+
+def train_gan(tmp_path, size):
+    shape = {"size": size, "channels": 1, "width": 4, "max_width": 8, "z_dim": 4, "batch": 8, "amp": "off"}
+    return str(gan.train(gan.Config(**shape, steps=2, device="cpu", runs=str(tmp_path))))
+
+
+def test_main_compares_three_generators(tmp_path, small_mnist, capsys):
+    argv = ["--gan", train_gan(tmp_path, 32), "--epochs", "3", "--out", str(tmp_path / "x.png")]
+    capsys.readouterr()
+    autoencoder.main(argv)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "FD(digits)" in line]
+    assert [line.partition(":")[0] for line in lines] == ["without moments", "with moments", "GAN"]
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_main_refuses_a_gan_of_another_size(tmp_path, refusal):
+    assert "gray images of 32 pixels" in refusal(autoencoder.main, ["--gan", train_gan(tmp_path, 16)])
+
+
+@pytest.mark.parametrize("flag, value", [("--extractor", "no.pt2"), ("--gan", "no"), ("--epochs", "2")])
+def test_main_refuses_bad_flags(flag, value, refusal):
+    assert value in refusal(autoencoder.main, [flag, value])

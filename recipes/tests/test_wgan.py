@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import gan
+import wgan
+
+TOY = {"size": 16, "width": 4, "max_width": 8, "z_dim": 8, "batch": 8, "device": "cpu", "amp": "off"}
+# A kernel of 3x3 whose matrix has norm 1 stretches an image by 3 at most; a mean over 2x2 pixels halves it, the sum
+# over 4x4 stretches by 4. A block is a mean of (3 * 3 of its convs + 1 of its skip).
+BOUND = 3 * ((3 * 3 + 1) / 2) ** 2 * 4
+
+
+def critic(**change):
+    torch.manual_seed(0)
+    return wgan.Critic(gan.resolve(wgan.Config(**TOY, channels=1, **change)))
+
+
+@torch.no_grad()
+def slopes(D):
+    """Measures D's slopes between random images of all sizes and distances, [N]."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(256, 1, 16, 16, generator=generator) * 2 - 1
+    step = torch.randn(x.shape, generator=generator) * torch.logspace(-2, 0, 256)[:, None, None, None]
+    return (D(x) - D(x + step)).abs() / step.flatten(1).norm(dim=1)
+
+
+def test_critic_has_weights_of_norm_one():
+    for layer in gan.layers_of(critic().eval(), nn.Conv2d, nn.Linear):
+        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2) < 1.02
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.05])
+def test_critic_has_a_bounded_slope(gain):
+    steepest = slopes(critic(gain=gain).eval()).max()
+    assert 0 < steepest < 1.1 * gain * BOUND
+
+
+def test_critic_keeps_its_slope_when_its_weights_grow():
+    D = critic().eval()
+    before = slopes(D)
+    with torch.no_grad():
+        for p in D.parameters():
+            if p.ndim > 1:
+                p *= 100  # which an optimizer may do
+    assert torch.allclose(before, slopes(D), rtol=1e-3)
+
+
+@torch.no_grad()
+def test_critic_with_batch_norm_exceeds_the_bound():
+    x = 1e-3 * torch.rand(64, 1, 16, 16)  # in training, batch norm blows up whatever differs within a batch
+    logits = critic(batch_norm=True)(x)
+    rise = (logits[1:] - logits[:-1]).abs().max()
+    distance = (x[1:] - x[:-1]).flatten(1).norm(dim=1).max()
+    assert rise / distance > BOUND
+
+
+def test_critic_with_batch_norm_has_one_after_each_block():
+    assert len(gan.layers_of(critic(), nn.BatchNorm2d)) == 0
+    assert len(gan.layers_of(critic(batch_norm=True), gan.BatchNorm)) == 2  # which torchrun's processes share
+
+
+def test_critic_multiplies_by_the_gain():
+    x = torch.randn(6, 1, 16, 16)
+    assert torch.allclose(critic(gain=100).eval()(x), 100 * critic().eval()(x), rtol=1e-4)
+
+
+def test_critic_can_end_in_a_sigmoid():
+    x = torch.randn(6, 1, 16, 16)
+    assert torch.allclose(critic(sigmoid=True).eval()(x), critic().eval()(x).sigmoid(), rtol=1e-4)
+
+
+def test_variants_all_differ():
+    setting = wgan.STUDY.setting
+    configs = [gan.resolve(replace(setting, **change)) for change in wgan.VARIANTS.values()]
+    assert len(set(map(repr, configs))) == len(configs)
+    assert configs[0] == gan.resolve(setting)
+
+
+def weights_after_three_steps(**change):
+    """Trains G against a critic; returns G's weights [n]."""
+    images, labels, _ = gan.load_images("synthetic", 16, 1)
+    model = wgan.WGAN(gan.resolve(wgan.Config(**TOY, channels=1, **change)))
+    data = gan.batches(images, labels, model.config, model.device)
+    for _ in range(3):
+        model.train_step(data)
+    return torch.cat([p.detach().flatten() for p in model.G.parameters()])
+
+
+def test_adam_cancels_a_gain_only_in_a_linear_loss():
+    moved = {}
+    for loss in ("wgan", "ns"):
+        plain = weights_after_three_steps(loss=loss)
+        moved[loss] = (weights_after_three_steps(loss=loss, gain=64.0) - plain).norm()
+    assert moved["wgan"] < moved["ns"] / 3, moved
+
+
+def test_shares_find_the_rarest_and_the_commonest_digit():
+    read = torch.tensor([3] * 12 + [5] * 6 + [0, 1])
+    assert wgan.shares(torch.eye(10)[read], None) == pytest.approx((0, 60))
+    assert wgan.shares(torch.eye(10).repeat(20, 1), None) == pytest.approx((10, 10))
+
+
+def test_study_trains_scores_and_draws_the_variants_that_are_asked_for(tmp_path, put_reader):
+    put_reader(lambda x: (x.mean(dim=(2, 3)), torch.eye(10)[3].expand(len(x), 10)))  # reads every image as a 3
+    setting = replace(wgan.STUDY.setting, **TOY, data="synthetic", channels=1, steps=1)
+    names = ["wgan", "batch norm in the critic"]
+    replace(wgan.STUDY, setting=setting, n=34).main(["--out", str(tmp_path), "--variants", *names])
+    assert (tmp_path / "study.md").read_text().count("| 0.0 | 100.0 |") == 3  # the real images too
+    assert Image.open(tmp_path / "study.png").width == 960
+    for name, batch_norm in (("wgan", False), ("batch-norm-in-the-critic", True)):
+        config = gan.read_checkpoint(tmp_path / f"{name}-seed0", wgan.WGAN)["config"]
+        assert config.batch_norm == batch_norm
+
+
+def test_networks_refuse_classes(tmp_path, refusal):
+    argv = ["train", "--loss", "wgan", "--cond", "--data", "synthetic", "--runs", str(tmp_path)]
+    assert "this critic sees no classes" in refusal(gan.main, argv, wgan.WGAN)
