@@ -77,7 +77,7 @@ class Generator(nn.Module):
         self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
         orthogonal_init(self)
-        # Batch norm cancels the scale of what comes before it, but Adam's steps have a fixed size: small weights learn faster.
+        # Batch norm cancels their scale, but Adam's steps have a fixed size, so small weights learn faster.
         for layer in (self.linear, *layers_of(self.blocks, nn.Conv2d)):
             layer.weight.data *= 0.1
 
@@ -515,7 +515,7 @@ def sample_z(n, z_dim, trunc=None, generator=None, device=None):
 
 
 def choose_classes(G, n, classes=None, seed=0):
-    """Lists n classes, int64 [n]: names or numbers in turn, or drawn evenly if they are None (zeros without classes)."""
+    """Lists n classes, int64 [n]: names or numbers in turn, or drawn evenly if they are None (0 without classes)."""
     if classes is None:
         return torch.randint(max(1, G.num_classes), (n,), generator=torch.Generator().manual_seed(seed))
     if len(classes) == 0:
@@ -645,7 +645,7 @@ def reading(path, what):
     """Turns a failure to make sense of a file into one UserError that says what the file should be."""
     try:
         yield
-    except (UserError, ImportError, MemoryError):
+    except (ImportError, MemoryError):
         raise
     except Exception as error:  # readers of damaged files raise errors of all kinds
         raise UserError(f"{path} is not a readable {what}: {cause(error)}") from error
@@ -653,8 +653,9 @@ def reading(path, what):
 
 def cause(error):
     """Returns the kind and the first sentence of an error; what follows is advice, such as to unpickle."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     sentence = str(getattr(error, "strerror", None) or error).partition("\n")[0].partition(". ")[0]
-    return f"{type(error).__name__}: {sentence:.150}"
+    return f"{kind}{sentence:.150}"
 
 
 def printable(text):
@@ -751,7 +752,7 @@ def load_folder(folder, size, channels):
 
 
 def classes_of(files):
-    """Takes the first sub-folder of each file as its class: labels int64 [N], zeros without classes, and their names."""
+    """Takes the first sub-folder of each file as its class: labels int64 [N], or zeros, and the class names."""
     beside = [file for file in files if len(file.parts) == 1]
     if beside:
         if len(beside) < len(files):
@@ -848,7 +849,7 @@ def read_image(path):
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise errors of many kinds
-        raise ValueError(re.sub(" <.*", "", str(error)) or type(error).__name__)
+        raise ValueError(re.sub(" <.*", "", str(error)) or type(error).__name__) from error
 
 
 def cache_folder():
@@ -1014,16 +1015,19 @@ def read_checkpoint(path, model=GAN):
     with reading(path, "checkpoint of gan.py"):
         flipped = zipfile.ZipFile(io.BytesIO(data)).testzip()
         if flipped:
-            raise ValueError(f"{flipped} fails its checksum")
+            raise UserError(f"{flipped} fails its checksum")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if content.get("format") != FORMAT:
-            raise UserError(f"{path} is of another format, by gan.py {content.get('version', 'before 0.9')}")
+        version = content.get("version", "before 0.9")
         unknown = content["config"].keys() - {f.name for f in fields(model.Config)}
-        if unknown:
-            raise UserError(f"{path} needs the program that trained it: {model.__name__} has no {', '.join(unknown)}")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path} is of another format, by gan.py {version}")
+    if unknown:
+        raise UserError(f"{path} needs the program that trained it: {model.__name__} has no {', '.join(unknown)}")
+
+    with reading(path, "checkpoint of gan.py"):
         content["config"] = resolve(model.Config(**content["config"]))
         if type(content["steps"]) is not int or content["steps"] < 0 or not all(map(file_name, content["classes"])):
-            raise ValueError("steps or classes have impossible values")
+            raise UserError("steps or classes have impossible values")
     return content
 
 
@@ -1342,7 +1346,7 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
 
 
 def scorer(images, extractor, device):
-    """Returns a function of batches of samples, which compares them with the images: (scores, what made them, notes)."""
+    """Returns a function that compares batches of samples with the images: (scores, what made them, notes)."""
     import metrics
 
     def score(samples):

@@ -774,7 +774,7 @@ def reading(path, what):
     """Turns a failure to make sense of a file into one UserError that says what the file should be."""
     try:
         yield
-    except (UserError, ImportError, MemoryError):
+    except (ImportError, MemoryError):
         raise
     except Exception as error:  # readers of damaged files raise errors of all kinds
         raise UserError(f"{path} is not a readable {what}: {cause(error)}") from error
@@ -782,8 +782,9 @@ def reading(path, what):
 
 def cause(error):
     """Returns the kind and the first sentence of an error; what follows is advice, such as to unpickle."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     sentence = str(getattr(error, "strerror", None) or error).partition("\n")[0].partition(". ")[0]
-    return f"{type(error).__name__}: {sentence:.150}"
+    return f"{kind}{sentence:.150}"
 
 
 def printable(text):

@@ -3,8 +3,8 @@
 
     pip install -r requirements.txt -r bench/requirements.txt && python bench/metrics.py
 
-Takes about six minutes on two cores. Networks have random weights, since only time and agreement are measured. Competitors
-take turns in one process; a time is the median of its turns.
+Takes about six minutes on two cores. Networks have random weights, since only time and agreement are measured.
+Competitors take turns in one process; a time is the median of its turns.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import mpmath
@@ -95,7 +96,7 @@ def distances():
     for n, turns in ((1360, 3), (5000, 3)):
         a, b = features_like(n, 0), features_like(n, 1)
         (ours, theirs), (d, e) = in_turns(
-            turns, lambda: metrics.frechet_distance(a, b), lambda: pytorch_fid_distance(a, b)
+            turns, partial(metrics.frechet_distance, a, b), partial(pytorch_fid_distance, a, b)
         )
         work = f"FID from features, n = {n:,} both"
         row(work, f"{ours:.2f} s", f"pytorch-fid {theirs:.2f} s", f"{theirs / ours:.1f}x")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """DCGAN (arXiv 1511.06434): strided convolutions and batch norm in both networks, and what each setting does to digits.
 
-    python recipes/dcgan.py train --loss rpgan --data mnist --size 32 --steps 2000 --cond    # eval, sample: as in gan.py
+    python recipes/dcgan.py train --loss rpgan --data mnist --size 32 --steps 2000 --cond   # eval, sample: as in gan.py
     python recipes/dcgan.py study --seeds 3 --extractor digits.pt2    # digits.pt2 is made by classifier.py
 
 The defaults are the paper's, but for batches of 64, normal z and averaged weights; nz is --z-dim. With --cond the class

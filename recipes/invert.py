@@ -148,7 +148,7 @@ def restore(G, x, visible, starts, steps):
 
 
 def draw_walks(G, z, y, network):
-    """Walks from each second picture's z[N,z_dim] and y[N] to the next one's, and names the digits: [(text, images)]."""
+    """Walks from each second picture's z[N,z_dim] and y[N] to the next one's, and names digits: [(text, images)]."""
     walks = []
     for i in range(0, min(10, len(z)), 2):
         ends = [i, min(i + 1, len(z) - 1)]  # the last may be alone

@@ -55,7 +55,7 @@ class Unrolled(gan.GAN):
         return loss.detach()
 
     def look_ahead(self, real, fake, y):
-        """Takes config.unroll steps of a copy of D, all on this batch; returns the state of the copy, {name: tensor}."""
+        """Takes config.unroll steps of a copy of D, all on this batch; returns the copy's state, {name: tensor}."""
         second_order = self.config.second_order
         if not second_order:
             fake = fake.detach()

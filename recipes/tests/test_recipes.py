@@ -275,7 +275,9 @@ def test_finetune_saves_a_plain_gan(source, tmp_path):
     assert type(config) is gan.Config
 
 
-@pytest.mark.parametrize("name, message", [("", "no run ''"), ("nowhere", "no run 'nowhere'"), ("x.pt", "damaged")])
+@pytest.mark.parametrize(
+    "name, message", [("", "no run ''"), ("nowhere", "no run 'nowhere'"), ("x.pt", "not a readable")]
+)
 def test_finetune_refuses_a_bad_source_before_it_loads_images(name, message, tmp_path, monkeypatch, refusal):
     (tmp_path / "x.pt").write_bytes(b"no checkpoint")
     monkeypatch.chdir(tmp_path)
