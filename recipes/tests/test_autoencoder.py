@@ -111,7 +111,7 @@ def test_walk_is_straight():
 def small_mnist(images, monkeypatch, put_reader):
     """Puts drawn flowers in the place of MNIST, and the means of quarters in the place of its reader."""
     put_reader(lambda x: F.adaptive_avg_pool2d(x[:, :1], 2).flatten(1))
-    monkeypatch.setattr(gan, "load_images", lambda *_: (images, None, []))
+    monkeypatch.setattr(gan, "load_images", lambda *_: (images, torch.zeros(256, dtype=torch.int64), []))
     monkeypatch.setattr(autoencoder.classifier, "load_test_set", lambda *_: (images[:64], None))
 
 

@@ -96,17 +96,18 @@ def test_study_scores_the_real_images_first(study, tmp_path):
 
 
 def test_study_trains_nothing_that_is_there(study, tmp_path):
-    table = run_study(study, tmp_path, "--steps", "1")
+    flags = ["--steps", "1", "--variants", "ns, plain D"]
+    table = run_study(study, tmp_path, *flags)
     before = times(tmp_path)
-    assert run_study(study, tmp_path, "--steps", "1") == table
+    assert run_study(study, tmp_path, *flags) == table
     assert times(tmp_path) == before
 
 
 @pytest.fixture
 def trained(study, tmp_path):
-    """The study's folder after two steps, the second of which went on from the first."""
-    run_study(study, tmp_path, "--steps", "1")
-    run_study(study, tmp_path, "--steps", "2")
+    """The study's folder after two steps of a variant, the second of which went on from the first."""
+    run_study(study, tmp_path, "--steps", "1", "--variants", "ns, plain D")
+    run_study(study, tmp_path, "--steps", "2", "--variants", "ns, plain D")
     return tmp_path
 
 
