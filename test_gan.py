@@ -2128,7 +2128,7 @@ def test_train_learns_the_classes_of_flowers(tmp_path):
     share_before, distance_before = score(gan.GAN(gan.resolve(config), 17).G_ema)
     share, distance = score(gan.load_generator(gan.train(config))[0])
     assert share_before < 0.12
-    assert share > 0.45  # seeds 0, 1 and 2: 0.59, 0.63 and 0.66
+    assert share > 0.45  # seeds 0, 1 and 2: 0.69, 0.60 and 0.66
     assert distance < distance_before / 4
 
 
