@@ -51,10 +51,6 @@ __version__ = "0.9"
 FORMAT = 2  # of checkpoints: the networks, their names and what lies beside them
 
 
-class UserError(ValueError):
-    """A request that cannot be carried out; the message says what to do instead."""
-
-
 # ---- Networks
 class Generator(nn.Module):
     """Maps noise and class to images: z[N,z_dim], y[N] int64 or None -> [N,channels,size,size] float32 in [-1,1].
@@ -318,10 +314,7 @@ class GAN:
     def load(self, path):
         """Restores what `save` wrote. Refuses other images, and other values of options that must not change."""
         content = read_checkpoint(path, type(self))
-        before = asdict(content["config"])
-        for name, value in asdict(self.config).items():
-            if value != before[name] and name not in RESUMABLE + LOCAL:
-                raise UserError(f"{name} cannot change on resume; these can: {', '.join(RESUMABLE + LOCAL)}")
+        check_resumable(self.config, content["config"])
         if (self.classes, self.images) != (content["classes"], content["images"]):
             raise UserError(
                 f"{self.config.data} is not what {path} was trained on; recipes/finetune.py takes other images"
@@ -592,10 +585,14 @@ def generate(G, n, classes=None, seed=0):
 
 def sample_grid(G, columns=10, seed=0):
     """Draws a picture [3,H,W]: a row for each class, 50 at most, the same z down each column; or 8 rows of z."""
+    generator = torch.Generator().manual_seed(seed)
     rows = min(G.num_classes, 50) or 8
-    z = sample_z(columns if G.num_classes else rows * columns, G.z_dim, G.trunc, torch.Generator().manual_seed(seed))
     y = torch.arange(rows).repeat_interleave(columns)
-    return tile(torch.cat(list(render(G, z.repeat(len(y) // len(z), 1), y))), columns)
+    if G.num_classes:
+        z = sample_z(columns, G.z_dim, G.trunc, generator).repeat(rows, 1)
+    else:
+        z = sample_z(rows * columns, G.z_dim, G.trunc, generator)
+    return tile(torch.cat(list(render(G, z, y))), columns)
 
 
 def interpolate(G, classes=None, rows=8, columns=10, seed=0):
@@ -609,11 +606,11 @@ def interpolate(G, classes=None, rows=8, columns=10, seed=0):
 
 def arc(a, b, n):
     """Walks from a[N,d] to b[N,d] in n points [N,n,d] on an arc; those on a line are shorter than any z G has seen."""
-    angle = torch.arccos(F.cosine_similarity(a, b).clamp(-1, 1))[:, None]
-    t = torch.linspace(0, 1, n)
-    parts_a = torch.sin((1 - t) * angle) / torch.sin(angle)  # [N,n]
-    parts_b = torch.sin(t * angle) / torch.sin(angle)
-    return parts_a[:, :, None] * a[:, None] + parts_b[:, :, None] * b[:, None]
+    cosine = F.cosine_similarity(a, b).clamp(-1, 1)
+    angle = torch.arccos(cosine)[:, None, None]
+    t = torch.linspace(0, 1, n)[:, None]
+    mixed = torch.sin((1 - t) * angle) * a[:, None] + torch.sin(t * angle) * b[:, None]
+    return mixed / torch.sin(angle)
 
 
 def tile(images, columns=10):
@@ -622,6 +619,10 @@ def tile(images, columns=10):
 
 
 # ---- Files and messages
+class UserError(ValueError):
+    """A request that cannot be carried out; the message says what to do instead."""
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Opens a binary file that appears under its name when it is whole and on the disk; makes its folder."""
@@ -769,7 +770,8 @@ def decode_cached(folder, files, size, channels):
     for file in files:
         stat = (folder / file).stat()
         facts += [os.fsencode(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    cache = cache_folder() / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.pt"
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    cache = cache_folder() / f"{key}.pt"
     try:
         return torch.load(cache, mmap=True, weights_only=True)
     except Exception:  # not there, or damaged
@@ -800,7 +802,8 @@ def decode(folder, files, size, channels):
                 images[len(kept)] = result
                 kept.append(i)
     if not kept:
-        raise UserError(f"no images of {', '.join(FORMATS)} among {len(files)} files: {', '.join(skipped[:2])}")
+        formats = ", ".join(FORMATS)
+        raise UserError(f"no images of {formats} among {len(files)} files: {', '.join(skipped[:2])}")
     return images[: len(kept)].clone() if skipped else images, kept, skipped
 
 
@@ -961,6 +964,15 @@ def resolve(config):
     return replace(config, **values | missing)
 
 
+def check_resumable(config, before):
+    """Refuses a config that differs from that of before the break in what must not change."""
+    old = asdict(before)
+    may_change = RESUMABLE + LOCAL
+    for name, value in asdict(config).items():
+        if value != old[name] and name not in may_change:
+            raise UserError(f"{name} cannot change on resume; these can: {', '.join(may_change)}")
+
+
 def kind_of(field):
     """Returns the type of a config's field: int of int | None."""
     return (get_args(field.type) or (field.type,))[0]
@@ -991,8 +1003,8 @@ class Run:
     per_epoch: float  # steps
     sample_every: int  # steps
     real: torch.Tensor  # a picture of images as D sees them, uint8 [3,H,W]
-    began: float  # when, by time.monotonic
-    save_before: float
+    began: float = field(default_factory=time.monotonic)
+    saved: float = field(default_factory=time.monotonic)
 
 
 def find_run(name=None, runs="runs"):
@@ -1026,7 +1038,9 @@ def read_checkpoint(path, model=GAN):
 
     with reading(path, "checkpoint of gan.py"):
         content["config"] = resolve(model.Config(**content["config"]))
-        if type(content["steps"]) is not int or content["steps"] < 0 or not all(map(file_name, content["classes"])):
+        steps = content["steps"]
+        names = content["classes"]
+        if type(steps) is not int or steps < 0 or not all(map(file_name, names)):
             raise UserError("steps or classes have impossible values")
     return content
 
@@ -1113,19 +1127,23 @@ def prepare(config, resume=None, model=GAN):
     if gan.steps >= steps:
         raise UserError(f"{folder} has trained its {gan.steps} steps; --steps or --epochs can ask for more")
     x, _ = next(batches(images, labels, config, torch.device("cpu")))
-    real = tile(to_uint8(diff_augment(x[:80], config.augment).clamp(-1, 1)))
+    seen = diff_augment(x[:80], config.augment).clamp(-1, 1)
     sample_every = max(1, round(config.sample_every * per_epoch))
-    now = time.monotonic()
-    run = Run(folder, gan.steps, steps, per_epoch, sample_every, real, now, now + 60 * config.save_minutes)
+    run = Run(folder, gan.steps, steps, per_epoch, sample_every, tile(to_uint8(seen)))
 
     # Report the sizes.
-    G, D = (sum(p.numel() for p in net.parameters()) / 1e6 for net in (gan.G, gan.D))
-    say(f"{len(images)} images, {len(classes)} classes: {', '.join(classes[:20]) or 'none'}")
+    names = ", ".join(classes[:20]) or "none"
+    say(f"{len(images)} images, {len(classes)} classes: {names}")
     if classes and not config.cond:
         say(f"the {len(classes)} classes are not used: --cond conditions on them")
-    say(f"{n_ranks()} x {device}, {gan.autocast.fast_dtype}, G {G:.2f} M, D {D:.2f} M parameters")
+    say(f"G {millions(gan.G):.2f} M, D {millions(gan.D):.2f} M parameters")
+    say(f"{n_ranks()} x {device}, {gan.autocast.fast_dtype}")
     say(f"steps {gan.steps} to {steps}, {per_epoch:g} per epoch")
     return gan, batches(images, labels, config, device, start=gan.steps * config.d_steps), run
+
+
+def millions(net):
+    return sum(p.numel() for p in net.parameters()) / 1e6
 
 
 def check_batches(config, images, classes):
@@ -1163,7 +1181,7 @@ def train(config, resume=None, model=GAN):
             losses.append(gan.train_step(data))
             stopped = any_rank(len(stop) > 0)
             draws = gan.steps == run.steps or gan.steps % run.sample_every == 0
-            saves = draws or stopped or any_rank(time.monotonic() > run.save_before)
+            saves = draws or stopped or any_rank(time.monotonic() > run.saved + 60 * gan.config.save_minutes)
 
             # Log the losses.
             if saves or gan.steps % gan.config.log_every == 0:
@@ -1202,7 +1220,7 @@ def save(gan, run, draws):
             write_picture(run.folder / "samples" / f"{gan.steps:07d}.png", picture)
         gan.save(run.folder / "checkpoint.pt")
         ended = gan.after_save(run.folder)
-    run.save_before = time.monotonic() + 60 * gan.config.save_minutes
+    run.saved = time.monotonic()
     return any_rank(ended or False)
 
 
@@ -1551,25 +1569,32 @@ def draw_class(c, n, size):
         return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
 
     def paint(inside, hue, pale, value):  # where the signed distance to the edge is positive; hue in turns
-        wheel = torch.stack([torch.cos(2 * math.pi * (hue - third / 3)) / 2 + 0.5 for third in range(3)], dim=1)
+        waves = [torch.cos(2 * math.pi * (hue - turn)) for turn in (0, 1 / 3, 2 / 3)]
+        wheel = torch.stack(waves, dim=1) / 2 + 0.5
         color = (pale + (1 - pale) * wheel) * value[:, None]
-        canvas.lerp_(color.expand(canvas.shape), (inside * size / 2 + 0.5).clamp(0, 1)[:, None])
+        cover = (inside * size / 2 + 0.5).clamp(0, 1)[:, None]
+        canvas.lerp_(color.expand(canvas.shape), cover)
 
     # Place the flower: planes [n,size,size].
     x = grid - vary(-0.12, 0.12)
     y = grid[:, None] + vary(0, 0.25)
     radius = torch.hypot(x, y) / vary(0.6, 0.8)
     angle = torch.atan2(y, x) + vary(-0.25, 0.25)
+    bend = vary(-0.3, 0.3)
 
     # Choose what makes the class: hues go from blue over red to yellow, never leaf green.
     petals = 3 + c % 6
     hue = 0.55 + 0.62 * (c * 0.618 % 1)
-    ground, light = ((0.58, 0.95), (0.3, 0.35), (0.12, 0.9), (0.7, 0.25))[c % 4]
+    ground = (0.58, 0.3, 0.12, 0.7)[c % 4]
+    light = (0.95, 0.35, 0.9, 0.25)[c % 4]
 
+    # Paint the ground, the stem, the petals and the heart.
     canvas = torch.zeros(n, 3, size, size)  # since lerp makes NaN of the NaN that unset memory may hold
     paint(torch.ones(n, size, size), ground + vary(-0.03, 0.03), 0.6, light * (1 - 0.2 * y))
-    paint(torch.minimum(0.07 - (x - vary(-0.3, 0.3) * y.square()).abs(), y), vary(0.3, 0.35), 0.2, vary(0.4, 0.5))
-    paint(0.3 + 0.7 * (petals * angle / 2).sin().abs() - radius, hue + vary(-0.03, 0.03), 0.15, 0.65 + 0.35 * radius)
+    stem = 0.07 - (x - bend * y.square()).abs()
+    paint(torch.minimum(stem, y), vary(0.3, 0.35), 0.2, vary(0.4, 0.5))
+    reach = 0.3 + 0.7 * (petals * angle / 2).sin().abs()
+    paint(reach - radius, hue + vary(-0.03, 0.03), 0.15, 0.65 + 0.35 * radius)
     paint(0.3 - radius, vary(0.08, 0.14), 0.1, vary(0.7, 1))
     return (canvas.clamp(0, 1) * 255).round().to(torch.uint8)
 
