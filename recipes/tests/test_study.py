@@ -273,28 +273,37 @@ def test_flowers17_are_arranged_once(flowers):
     assert list(flowers.iterdir()) == [Path(folder)]
 
 
-@pytest.fixture
-def finished_row(place, tmp_path, monkeypatch):
-    """The arguments of bench/quality.py for two steps on the toy's images, and the row that they made."""
-    monkeypatch.setitem(quality.SETTINGS, "toy", quality.Setting("data", "--cond --size 16 --width 4 --batch 8"))
-    own = ["--extractor", place / "tiny.pt2", "--data-root", place, "--runs", tmp_path, "--out", tmp_path / "q.jsonl"]
+@pytest.fixture(scope="module")
+def rows_file(place):
+    """The file of rows of bench/quality.py after two steps on the toy's images, with the command line that made it."""
+    own = [
+        "--extractor",
+        place / "tiny.pt2",
+        "--data-root",
+        place,
+        "--runs",
+        place / "runs",
+        "--out",
+        place / "q.jsonl",
+    ]
     argv = ["quality.py", "toy", "--seeds", "7", *map(str, own), "--", "--steps", "2", "--amp", "off"]
-    monkeypatch.setattr(sys, "argv", argv)
-    quality.main()
-    (row,) = gan.read_rows(tmp_path / "q.jsonl")
-    return argv, row
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(quality.SETTINGS, "toy", quality.Setting("data", "--cond --size 16 --width 4 --batch 8"))
+        patch.setattr(sys, "argv", argv)
+        quality.main()
+        yield place / "q.jsonl"
 
 
-def test_quality_keeps_a_row_of_each_finished_run(finished_row):
-    argv, row = finished_row
+def test_quality_keeps_a_row_of_each_finished_run(rows_file):
+    (row,) = gan.read_rows(rows_file)
     assert row["setting"] == "toy"
     assert row["seed"] == 7
     assert row["flags"][-4:] == ["--steps", "2", "--amp", "off"]
     assert [score["trunc"] for score in row["scores"]] == [None, 1.5, 1, 0.7]
 
 
-def test_quality_makes_no_row_twice(finished_row, tmp_path, monkeypatch, capsys):
+def test_quality_makes_no_row_twice(rows_file, monkeypatch, capsys):
     monkeypatch.setattr(study, "run_gan", None)  # which would fail
     quality.main()
-    assert len(gan.read_rows(tmp_path / "q.jsonl")) == 1
+    assert len(gan.read_rows(rows_file)) == 1
     assert "| toy | none | 1 |" in capsys.readouterr().out
