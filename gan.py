@@ -684,13 +684,13 @@ def append_row(path, row):
 
 
 def read_rows(path):
-    """Reads the rows of a .jsonl file, each a dict; skips half a line, which a killed process leaves."""
+    """Reads the rows of a .jsonl file, each a dict; skips other lines, such as half a one of a killed process."""
     rows = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def say(line, file=None):
@@ -1065,7 +1065,7 @@ def open_run(gan, run):
     run.folder = run.folder or new_folder(gan.config)
     with open(run.folder / ".lock", "a") as lock:
         lock_file(lock, run.folder)
-        rows = [row for row in read_rows(run.folder / "log.jsonl") if row["step"] <= gan.steps]
+        rows = [row for row in read_rows(run.folder / "log.jsonl") if row.get("step", math.inf) <= gan.steps]
         write_text(run.folder / "config.json", json.dumps(asdict(gan.config), indent=2))
         write_text(run.folder / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
         write_picture(run.folder / "real.png", run.real)
@@ -1404,6 +1404,8 @@ def train_command(args, model):
     if args.resume is None:
         train(model.Config(**given), model=model)
         return
+    if "name" in given:
+        raise UserError("--name is for a new run; --resume keeps the folder of its run")
     run = find_run(args.resume, given.get("runs", "runs"))
     config = read_checkpoint(run, model)["config"]
     if "epochs" in given:

@@ -1265,6 +1265,13 @@ def test_read_rows_skips_half_a_line(tmp_path):
     assert gan.read_rows(tmp_path / "nowhere.jsonl") == []
 
 
+def test_read_rows_skips_what_is_no_row(tmp_path):
+    """By hand: binary, text, null and a number of more digits than Python reads."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xff\xfe\nwords\nnull\n" + 5000 * b"9" + b'\n{"step": 1}\n')
+    assert gan.read_rows(path) == [{"step": 1}]
+
+
 def test_append_row_stands_alone_behind_half_a_line(tmp_path):
     """By hand: what a killed process leaves."""
     path = tmp_path / "x.jsonl"
@@ -1855,7 +1862,7 @@ def test_open_run_writes_the_config(run):
 def test_open_run_cuts_the_log_behind_the_checkpoint(own_run):
     """By hand: what was logged after the checkpoint, by a killed process, will be logged again."""
     with open(own_run / "log.jsonl", "a") as log:
-        log.write('{"step": 7, "loss_D": 9}\n{"step": 8, "lo')
+        log.write('{"loss_D": 9}\n{"step": 7, "loss_D": 9}\n{"step": 8, "lo')
     gan.main(["train", "--resume", str(own_run), "--steps", "8"])
     assert [row["step"] for row in logged(own_run)] == [6, 8]
 
@@ -2501,6 +2508,11 @@ def test_train_command_goes_on_by_epochs(own_run):
     """By hand: 3 epochs of 3 steps, in place of the run's --steps 6."""
     gan.main(["train", "--resume", str(own_run), "--epochs", "3"])
     assert gan.read_checkpoint(own_run)["steps"] == 9
+
+
+def test_train_command_refuses_a_name_with_resume(own_run, capsys):
+    """The definition: a run keeps its folder."""
+    assert "--name is for a new run" in fails(capsys, "train", "--resume", own_run, "--name", "other", "--steps", "9")
 
 
 def sample(run, *argv):
