@@ -401,7 +401,7 @@ class SpectralNorm(nn.Module):
 
 
 def box(x, divisor, padding):
-    """Sums 2x2 pixels, over divisor, around every pixel: [N,C,H,W] -> [N,C,H-1+2 padding,W-1+2 padding]."""
+    """Sums every 2x2 window and divides by divisor: [N,C,H,W] -> [N,C,H-1+2 padding,W-1+2 padding]."""
     if x.requires_grad and torch.is_grad_enabled():
         return Box.apply(x, divisor, padding)  # only then: a program can be exported only from plain operators
     if x.is_cuda:
@@ -518,7 +518,7 @@ def choose_classes(G, n, classes=None, seed=0):
 
 
 def class_index(G, which):
-    """Finds the number of a class by its name or, unless some names are numbers too, by its number as text."""
+    """Finds the number of a class by its name or number; text is a number only where no class has one as its name."""
     names = getattr(G, "classes", [])
     if which in names:
         return names.index(which)
@@ -646,7 +646,7 @@ def reading(path, what):
     """Turns a failure to make sense of a file into one UserError that says what the file should be."""
     try:
         yield
-    except (ImportError, MemoryError):
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # readers of damaged files raise errors of all kinds
         raise UserError(f"{path} is not a readable {what}: {cause(error)}") from error
@@ -665,7 +665,7 @@ def printable(text):
 
 
 def write_picture(path, picture):
-    """Writes a picture uint8 [3,H,W] in the format that the path ends in."""
+    """Writes a picture uint8 [3,H,W] in the format that the path ends in, such as .png."""
     with atomic_write(path) as file:
         to_pil_image(picture).save(file, Path(path).suffix[1:])
 
@@ -706,6 +706,7 @@ SIZES = (16, 32, 64, 128, 256, 512)  # what the networks can draw
 GRAY = ("mnist", "fashion", "usps")  # one channel, and not to be mirrored: digits would change
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "usps": "USPS", "cifar10": "CIFAR10"}
 DATASETS = ("synthetic", *TORCHVISION)
+DECODER = 2  # its number: pictures that another one decoded are decoded anew
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # for some others Pillow starts a program
 
 
@@ -766,7 +767,7 @@ def classes_of(files):
 
 def decode_cached(folder, files, size, channels):
     """Returns what `decode` does, from the cache if it is there."""
-    facts = [size, channels, os.fsencode(folder)]
+    facts = [DECODER, size, channels, os.fsencode(folder)]
     for file in files:
         stat = (folder / file).stat()
         facts += [os.fsencode(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
@@ -984,7 +985,7 @@ def checked(field, value):
         return None
     kind = kind_of(field)
     valid = field.metadata.get("valid")
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         converted = kind(value)
         same = kind is str or converted == value
         if same and (valid is None or (valid(converted) if callable(valid) else converted in valid)):
@@ -1058,7 +1059,7 @@ def load_generator(run, device="cpu", trunc=None, model=GAN):
 
 @contextlib.contextmanager
 def open_run(gan, run):
-    """Makes or locks a run's folder, writes its config and its log as far as the checkpoint; unlocks it at the end."""
+    """Locks a run's folder, writes its config and its log as far as the checkpoint; unlocks it at the end."""
     if rank() > 0:  # the first process writes
         yield
         return
@@ -1134,7 +1135,7 @@ def prepare(config, resume=None, model=GAN):
     # Report the sizes.
     names = ", ".join(classes[:20]) or "none"
     say(f"{len(images)} images, {len(classes)} classes: {names}")
-    if classes and not config.cond:
+    if len(classes) > 1 and not config.cond:
         say(f"the {len(classes)} classes are not used: --cond conditions on them")
     say(f"G {millions(gan.G):.2f} M, D {millions(gan.D):.2f} M parameters")
     say(f"{n_ranks()} x {device}, {gan.autocast.fast_dtype}")
@@ -1198,7 +1199,7 @@ def train(config, resume=None, model=GAN):
 def log(gan, run, losses):
     """Logs the means of losses [steps,4] over the steps since the last line."""
     average_over_ranks([losses])
-    if not losses.isfinite().all():  # the only point where the CPU waits for the GPU
+    if not losses.isfinite().all():  # here alone a plain step waits for the GPU
         raise UserError(f"the losses are not finite by step {gan.steps}: try lower --lr-G, --lr-D or --amp off")
     if rank() == 0:
         seconds = (time.monotonic() - run.began) / (gan.steps - run.first)  # per step
@@ -1226,7 +1227,7 @@ def save(gan, run, draws):
 
 @contextlib.contextmanager
 def stop_on_signal():
-    """Yields a list that Ctrl-C, SIGTERM and SIGHUP fill; a second one interrupts at once."""
+    """Yields a list that Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 fill; a second one interrupts at once."""
     stop = []
 
     def handle(*args):
@@ -1244,7 +1245,7 @@ def stop_on_signal():
         yield stop
     finally:
         for number, old in before.items():
-            signal.signal(number, old)
+            signal.signal(number, old or signal.SIG_DFL)  # None: it was not set by Python
 
 
 def pick_dtype(amp, device):
@@ -1283,7 +1284,7 @@ def join(name):
         torch.cuda.set_device(device)
     if launched and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=6))  # the others wait while one decodes the images
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # one may decode longer than another
     return device
 
 
@@ -1357,10 +1358,15 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
         append_row(folder / "eval.jsonl", row)
         rows.append(row)
         shown = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        say(f"trunc {trunc or 'none'}  n {facts['n']}  {shown}")
-    for note in row["notes"]:
-        say(note, sys.stderr)
+        say(f"trunc {trunc or 'none'}  n {row['n']}  {shown}")
+    say_notes(rows)
     return rows
+
+
+def say_notes(rows):
+    """Prints each note of some rows once."""
+    for note in dict.fromkeys(note for row in rows for note in row["notes"]):
+        say(note, sys.stderr)
 
 
 def scorer(images, extractor, device):
@@ -1373,7 +1379,7 @@ def scorer(images, extractor, device):
 
     def score_patches(samples):
         some = torch.cat(list(itertools.islice(samples, 128)))
-        return {"SWD": metrics.sliced_wasserstein(images, some)}, {"network": None}, [missing]
+        return {"SWD": metrics.sliced_wasserstein(images, some)}, {"network": None, "n": len(some)}, [missing]
 
     try:
         network = metrics.load_extractor(extractor, device)
@@ -1388,7 +1394,10 @@ def classes_like(G, labels, names, seed):
     """Lists the numbers of G's classes that the images have, one for each image in random order; None without."""
     if not (G.num_classes and names):
         return None
-    indices = torch.tensor([class_index(G, name) for name in names])
+    unknown = [name for name in names if name not in G.classes]
+    if unknown:
+        raise UserError(f"the run has no class {unknown[0]}: there are {G.classes}")
+    indices = torch.tensor([G.classes.index(name) for name in names])
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     return indices[labels[order]].tolist()
 
@@ -1426,21 +1435,22 @@ def sample_command(args, model):
         raise UserError(f"--out {out}: give a .png, an .npz or a new folder; with --interpolate a .png")
     run = find_run(args.run, args.runs)
     G, _ = load_generator(run, join(args.device), args.trunc, model)
-    classes = args.classes or None
     if kind == ".png":
-        write_picture(out, picture_of(G, args, classes))
+        write_picture(out, picture_of(G, args))
     else:
-        n = args.n or 10 * max(8, G.num_classes)
-        write_samples(out, G, n, choose_classes(G, n, classes or range(G.num_classes) or None), args.seed)
+        n = args.n or 10 * (len(args.classes) or G.num_classes or 8)
+        every = range(G.num_classes)
+        write_samples(out, G, n, choose_classes(G, n, args.classes or every or None), args.seed)
     say(f"wrote {out}, of the run {run}")
 
 
-def picture_of(G, args, classes):
+def picture_of(G, args):
     """Draws what `sample` writes as a picture: walks, samples of the classes in turn, or the grid of all classes."""
+    classes = args.classes or None
     if args.interpolate:
-        return tile(interpolate(G, classes, seed=args.seed).flatten(0, 1))
+        return tile(interpolate(G, classes, rows=args.n or 8, seed=args.seed).flatten(0, 1))
     if args.n or classes:
-        return tile(generate(G, args.n or 80, classes, args.seed))
+        return tile(generate(G, args.n or 10 * len(classes), classes, args.seed))
     return sample_grid(G, seed=args.seed)
 
 
@@ -1499,9 +1509,11 @@ def make_parser(model):
     p.add_argument("--extractor", default="inception", help="inception, a weights file or a .pt2 program (inception)")
 
     p = commands.add_parser("sample", help="write samples of a run", parents=[common], allow_abbrev=False)
-    p.add_argument("--n", type=lambda n: whole_number(n, 1, 10**7), help="samples (10 per class; without classes 80)")
+    p.add_argument(
+        "--n", type=lambda n: whole_number(n, 1, 10**7), help="samples, or walks (10 per class; 80; 8 walks)"
+    )
     p.add_argument("--trunc", type=truncation, help="bound of |z| (none)")
-    p.add_argument("--classes", nargs="+", help="names or numbers, to go through in turn (all)")
+    p.add_argument("--classes", nargs="+", default=[], help="names or numbers, to go through in turn (all)")
     p.add_argument("--interpolate", action="store_true", help="rows that walk between random pairs of z")
     p.add_argument("--out", default="samples.png", help=".png, .npz or a new folder (samples.png)")
     return parser
@@ -1523,6 +1535,9 @@ def add_option(parser, field):
 
 def main(argv=None, model=GAN):
     """Runs a command line. Bad input ends with one line and status 2, Ctrl-C with 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names in a terminal of another encoding
     args = make_parser(model).parse_args(argv)
     commands = {"train": train_command, "eval": eval_command, "sample": sample_command}
     status = 0
@@ -1547,10 +1562,11 @@ def main(argv=None, model=GAN):
 def explain(error):
     """Returns the line that reports an error of the user's or of the machine; None for a fault of this program."""
     message = str(error).replace("\n", " ")
+    kinds = [kind.__name__ for kind in type(error).__mro__]
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in message:
         return "out of memory; try a smaller --batch, --width, --size or --n"
-    if isinstance(error, (OSError, ImportError)) or type(error).__name__ in ("UserError", "WeightsMissing"):
-        return message
+    if isinstance(error, (OSError, ImportError)) or "UserError" in kinds:  # ours or metrics'
+        return message or kinds[0]
     return None
 
 

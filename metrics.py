@@ -774,7 +774,7 @@ def reading(path, what):
     """Turns a failure to make sense of a file into one UserError that says what the file should be."""
     try:
         yield
-    except (ImportError, MemoryError):
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # readers of damaged files raise errors of all kinds
         raise UserError(f"{path} is not a readable {what}: {cause(error)}") from error

@@ -1287,6 +1287,17 @@ def test_say_escapes_what_is_no_text(capsys):
     assert capsys.readouterr().out == "two\\nlines and latin1-\\udce9 and 玫瑰\n"
 
 
+def test_main_escapes_what_a_terminal_cannot_show(tmp_path):
+    """By hand: a class in Chinese, in a terminal of the code page 1252."""
+    for name in ("\u82b1", "b"):
+        bmp_folder(tmp_path / name, 99)
+    argv = ["train", "--data", str(tmp_path), *TOY_FLAGS, "--steps", "1"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = command(HERE / "gan.py", *argv, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "\\u82b1" in done.stdout and "done at step 1" in done.stdout
+
+
 @pytest.mark.parametrize("error", [BrokenPipeError(), ValueError("I/O operation on closed file")])
 def test_say_does_without_a_reader(error, monkeypatch):
     """The definition."""
@@ -2539,11 +2550,11 @@ def test_sample_command_writes_folders(run, tmp_path):
 
 
 def test_sample_command_draws_each_class_by_default(run, tmp_path):
-    """By hand: the grid of 3 classes in 10 columns, or 10 samples per class, but at least 80."""
+    """By hand: the grid of 3 classes in 10 columns, or 10 samples per class."""
     sample(run, "--out", tmp_path / "s.png")
     assert Image.open(tmp_path / "s.png").size == (10 * 18 + 2, 3 * 18 + 2)
     sample(run, "--out", tmp_path / "s.npz")
-    assert len(np.load(tmp_path / "s.npz")["labels"]) == 80
+    assert len(np.load(tmp_path / "s.npz")["labels"]) == 30
 
 
 def test_sample_command_draws_so_many_in_a_picture(run, tmp_path):
@@ -2557,6 +2568,20 @@ def test_sample_command_takes_several_classes(run, tmp_path):
     """By hand: names and numbers."""
     sample(run, "--classes", "rose 10", "0", "0", "--n", "4", "--out", tmp_path / "s.npz")
     assert np.load(tmp_path / "s.npz")["labels"].tolist() == [2, 0, 0, 2]
+
+
+def test_sample_command_draws_ten_of_each_named_class(run, tmp_path):
+    """By hand, in both formats."""
+    sample(run, "--classes", "rose 9", "rose 1", "--out", tmp_path / "s.npz")
+    assert len(np.load(tmp_path / "s.npz")["labels"]) == 20
+    sample(run, "--classes", "rose 9", "rose 1", "--out", tmp_path / "s.png")
+    assert Image.open(tmp_path / "s.png").size == (10 * 18 + 2, 2 * 18 + 2)
+
+
+def test_sample_command_walks_so_often(run, tmp_path):
+    """By hand: a row of ten for each walk."""
+    sample(run, "--interpolate", "--n", "3", "--out", tmp_path / "w.png")
+    assert Image.open(tmp_path / "w.png").size == (10 * 18 + 2, 3 * 18 + 2)
 
 
 def test_sample_command_walks(run, tmp_path):

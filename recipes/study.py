@@ -5,8 +5,8 @@
     python recipes/study.py --data flowers17 --size 64 --epochs 150     # the course's own setting, on a GPU
     python recipes/study.py --data FOLDER --seeds 3 --extractor net.pt2 --variants "hinge --cond" "rpgan --cond"
 
-A variant is a loss with flags of `gan.py train`; other flags go to every run. --out receives the runs, study.json,
-report.html and report.md. Run the same command again to continue a study that was stopped, or with more --seeds to
+A variant is a loss with flags of `gan.py train`; other flags go to every run. --out receives the runs, study.json
+and report.html. Run the same command again to continue a study that was stopped, or with more --seeds to
 extend it; finished runs and scores are kept.
 
 The runner, `make_all`, and the table also serve report.py and bench/quality.py.
