@@ -1021,9 +1021,14 @@ def find_run(name=None, runs="runs"):
     raise UserError(f"no run {name!r}, neither here nor in {runs}; see --runs")
 
 
+def checkpoint_of(run):
+    """Returns the checkpoint file of a run's folder, or the file itself."""
+    return Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
+
+
 def read_checkpoint(path, model=GAN):
     """Reads a run's or file's checkpoint: "config" (a Config), "classes", "images", "steps", each part's state_dict."""
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    path = checkpoint_of(path)
     data = path.read_bytes()
     with reading(path, "checkpoint of gan.py"):
         flipped = zipfile.ZipFile(io.BytesIO(data)).testzip()
@@ -1119,7 +1124,7 @@ def prepare(config, resume=None, model=GAN):
     folder = None
     if resume:
         gan.load(resume)
-        folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+        folder = checkpoint_of(resume).parent
     check_processes(gan)
 
     # Plan the run.
@@ -1344,8 +1349,8 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
         notes.append("these images have no classes: the samples are drawn evenly from all classes of the run")
 
     # Draw the grids, first, so that an unwritable disk shows before the long work.
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    generators = {trunc: standing_generator(G, trunc) for trunc in truncs}
+    folder = checkpoint_of(run).parent
+    generators = {trunc: G if trunc is None else standing_generator(G, trunc) for trunc in truncs}
     for trunc, standing in generators.items():
         write_picture(folder / f"eval-trunc-{trunc}.png".lower(), sample_grid(standing, seed=seed))
 

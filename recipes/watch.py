@@ -51,7 +51,7 @@ class Watched(gan.GAN):
         """Restores what `save` wrote; the patience begins anew."""
         super().load(path)
         self.since = self.steps
-        self.resumed = Path(path) if Path(path).is_dir() else Path(path).parent
+        self.resumed = gan.checkpoint_of(path).parent
 
     def train_step(self, data):
         """Takes a step. Before the first of a resumed run, scores its checkpoint if a killed process did not."""
