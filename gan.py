@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -41,6 +42,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._pytree import tree_leaves
@@ -323,6 +325,9 @@ class GAN:
             for name in self.PARTS:
                 if name != "scaler" or content[name]:  # one that did nothing has no state
                     getattr(self, name).load_state_dict(content[name])
+            for p, moments in [*self.opt_G.state.items(), *self.opt_D.state.items()]:
+                if moments["exp_avg"].shape != p.shape or moments["exp_avg_sq"].shape != p.shape:
+                    raise UserError("the optimizers are of other networks")
         self.steps = content["steps"]
         self.opt_G.param_groups[0]["lr"] = self.config.lr_G
         self.opt_D.param_groups[0]["lr"] = self.config.lr_D
@@ -619,6 +624,9 @@ def tile(images, columns=10):
 
 
 # ---- Files and messages
+SHEET = "gan.py, a sheet"  # the text in a PNG that shows samples and is no image to learn from
+
+
 class UserError(ValueError):
     """A request that cannot be carried out; the message says what to do instead."""
 
@@ -664,10 +672,25 @@ def printable(text):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
-def write_picture(path, picture):
-    """Writes a picture uint8 [3,H,W] in the format that the path ends in, such as .png."""
+def clear_leftovers(folder):
+    """Removes what killed processes left behind in the midst of writing; one of today may still be at work."""
+    for part in Path(folder).glob(f".{'[0-9a-f]' * 16}.part"):
+        with contextlib.suppress(OSError):  # another process was faster, or the disk is read-only
+            if time.time() - part.stat().st_mtime > 86_400:
+                part.unlink()
+
+
+def write_picture(path, picture, software=SHEET):
+    """Writes a picture uint8 [3,H,W] in the format that the path ends in; a PNG names the software that made it."""
+    info = PngInfo()
+    info.add_text("Software", software)
     with atomic_write(path) as file:
-        to_pil_image(picture).save(file, Path(path).suffix[1:])
+        to_pil_image(picture).save(file, Path(path).suffix[1:], pnginfo=info)
+
+
+def at_home(path):
+    """Returns the Path, with the user's folder for a ~ at its start."""
+    return Path(os.path.expanduser(path))
 
 
 def write_text(path, text):
@@ -694,11 +717,46 @@ def read_rows(path):
 
 
 def say(line, file=None):
-    """Prints a line from the first process, errors from each host's; escapes a newline and what is no text."""
-    speaks = rank() == 0 if file is None else os.environ.get("LOCAL_RANK", "0") == "0"
-    if speaks:
+    """Prints a line from the first process; escapes a newline and what is no text."""
+    if rank() == 0:
+        shout(line, file)
+
+
+def shout(line, file=None):
+    """Prints a line from this process, whichever it is."""
+    with contextlib.suppress(OSError, ValueError):  # a reader that has gone away is no reason to stop
+        print(printable(line), file=file, flush=True)
+
+
+class Progress:
+    """Shows how far some work is, when called as progress(done, total); total is None if unknown.
+
+    Writes to stderr: in a terminal a line that renews itself, elsewhere a line every half minute.
+    """
+
+    def __init__(self, name):
+        self.name = printable(name)
+        self.terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+        self.pause = 0.5 if self.terminal else 30
+        self.started = time.monotonic()
+        self.due = self.started + self.pause
+
+    def __call__(self, done, total):
+        now = time.monotonic()
+        last = self.terminal and done == total
+        if now < self.due and not last:
+            return
+        self.due = now + self.pause
+
+        line = f"{self.name}: {done}"
+        if total and done:
+            left = round((now - self.started) * (total / done - 1))
+            line += f" of {total}, {left // 60}:{left % 60:02d} left"
+        if self.terminal:
+            line = f"\r\x1b[K{line}"
+        end = "" if self.terminal and not last else "\n"
         with contextlib.suppress(OSError, ValueError):  # a reader that has gone away is no reason to stop
-            print(printable(line), file=file, flush=True)
+            print(line, end=end, file=sys.stderr, flush=True)
 
 
 # ---- Data
@@ -706,7 +764,7 @@ SIZES = (16, 32, 64, 128, 256, 512)  # what the networks can draw
 GRAY = ("mnist", "fashion", "usps")  # one channel, and not to be mirrored: digits would change
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "usps": "USPS", "cifar10": "CIFAR10"}
 DATASETS = ("synthetic", *TORCHVISION)
-DECODER = 2  # its number: pictures that another one decoded are decoded anew
+DECODER = 3  # its number: pictures that another one decoded are decoded anew
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # for some others Pillow starts a program
 
 
@@ -716,7 +774,7 @@ def load_images(data, size, channels, data_dir="data"):
         return draw_flowers(size, channels)
     if data in TORCHVISION:
         return load_torchvision(data, size, channels, data_dir)
-    return load_folder(Path(os.path.expanduser(data)).absolute(), size, channels)
+    return load_folder(at_home(data).absolute(), size, channels)
 
 
 def load_torchvision(data, size, channels, data_dir):
@@ -739,13 +797,13 @@ def load_folder(folder, size, channels):
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data takes a folder of images or one of {', '.join(DATASETS)}")
-    files = list_files(folder)
-    runs = {file.parent for file in files if file.name == "checkpoint.pt"}  # a run's own pictures are no data
-    files = [file for file in files if not runs.intersection(file.parents)]
-    images, kept, skipped = decode_cached(folder, files, size, channels)
+    files, runs = list_files(folder)
+    if runs:
+        say(f"left out the runs {', '.join(map(str, runs[:10]))}")
+    images, kept, remarks = decode_cached(folder, files, size, channels)
 
-    if skipped:
-        say(f"skipped {len(skipped)} of {len(files)} files, such as {', '.join(skipped[:10])}")
+    for remark in remarks:
+        say(remark)
     brightest = images.amax(dim=(1, 2, 3)).median()  # of a typical image
     if brightest < 64:
         say(f"the images are dark, from 0 to {brightest} of 255: 12-bit camera data in 16 bits, or numbers of classes?")
@@ -766,46 +824,59 @@ def classes_of(files):
 
 
 def decode_cached(folder, files, size, channels):
-    """Returns what `decode` does, from the cache if it is there."""
+    """Returns what `decode` does, from the cache where it is there and of this form."""
     facts = [DECODER, size, channels, os.fsencode(folder)]
     for file in files:
         stat = (folder / file).stat()
         facts += [os.fsencode(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
     cache = cache_folder() / f"{key}.pt"
-    try:
-        return torch.load(cache, mmap=True, weights_only=True)
-    except Exception:  # not there, or damaged
-        content = decode(folder, files, size, channels)
+    with contextlib.suppress(Exception):  # not there, or damaged
+        images, kept, remarks = torch.load(cache, mmap=True, weights_only=True)
+        if images.shape == (len(kept), channels, size, size):
+            return images, kept, remarks
+
+    content = decode(folder, files, size, channels)
+    clear_leftovers(cache.parent)
     with contextlib.suppress(OSError, RuntimeError), atomic_write(cache) as file:  # a full disk costs time alone
         torch.save(content, file)
     return content
 
 
 def decode(folder, files, size, channels):
-    """Decodes files below a folder: (images uint8 [N,channels,size,size], the N files' indices, what was skipped)."""
+    """Decodes files below a folder: (images uint8 [N,channels,size,size], the N files' indices, remarks to print)."""
 
     def decode_one(file):
         try:
-            image = read_image(folder / file)
+            image, pages = read_image(folder / file, 2 * size)
         except ValueError as error:
             return f"{file} ({error})"
-        return fit(center_crop(image, min(image.shape[1:])), size, channels)
+        return fit(center_crop(image, min(image.shape[1:])), size, channels), pages
 
     images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
     kept = []
     skipped = []
+    pages_left_out = 0
+    progress = Progress(f"decoding {folder}")
     with ThreadPoolExecutor() as threads:  # decoding and resizing release Python's lock
         for i, result in enumerate(threads.map(decode_one, files)):
+            progress(i + 1, len(files))
             if isinstance(result, str):
                 skipped.append(result)
-            else:
-                images[len(kept)] = result
-                kept.append(i)
+                continue
+            images[len(kept)], pages = result
+            pages_left_out += pages - 1
+            kept.append(i)
+
     if not kept:
         formats = ", ".join(FORMATS)
         raise UserError(f"no images of {formats} among {len(files)} files: {', '.join(skipped[:2])}")
-    return images[: len(kept)].clone() if skipped else images, kept, skipped
+    remarks = []
+    if skipped:
+        remarks.append(f"skipped {len(skipped)} of {len(files)} files, such as {', '.join(skipped[:10])}")
+    if pages_left_out:
+        remarks.append(f"left out {pages_left_out} pages, since the first of a file stands for it")
+    return images[: len(kept)].clone() if skipped else images, kept, remarks
 
 
 def fit(images, size, channels):
@@ -816,14 +887,22 @@ def fit(images, size, channels):
     return images.expand(*images.shape[:-3], channels, -1, -1)
 
 
+def hash_of(images):
+    return hashlib.sha256(images.numpy()).hexdigest()
+
+
 def natural(name):
     """Makes a sort key that puts 9 before 10."""
     return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", name)], name
 
 
 def list_files(folder):
-    """Lists the visible files below a folder, relative to it; follows links, but enters each real folder once."""
+    """Lists the visible files below a folder, relative to it, and apart from them the folders of gan.py's runs.
+
+    Follows links, but enters each real folder once, and no run's: its pictures are no data.
+    """
     files = []
+    runs = []
     entered = set()
     waiting = [Path(folder)]
     while waiting:
@@ -832,28 +911,43 @@ def list_files(folder):
             continue
         entered.add(parent.resolve())
         visible = [path for path in parent.iterdir() if not path.name.startswith(".")]
+        if {"config.json", "checkpoint.pt"} <= {path.name for path in visible}:
+            runs.append(parent.relative_to(folder))
+            continue
         waiting += sorted(path for path in visible if path.is_dir())
         files += [path.relative_to(folder) for path in visible if path.is_file()]
-    return sorted(files, key=str)
+    return sorted(files, key=str), runs
 
 
-def read_image(path):
-    """Reads an image file: EXIF rotation applied, transparency on white, 16 bits scaled to 8: uint8 [1 or 3,H,W].
-    Raises ValueError for bytes that are no such image; errors of the disk and of memory pass through."""
-    data = io.BytesIO(Path(path).read_bytes())
+def read_image(path, least=None):
+    """Reads the first page of an image file: (uint8 [1 or 3,H,W], the number of its pages).
+
+    EXIF rotation is applied, transparency put on white, 16 bits scaled to 8. A JPEG is decoded at a reduced scale where
+    its sides keep `least` pixels. Raises ValueError for bytes that are no such image; errors of the disk pass through.
+    """
     try:
-        image = ImageOps.exif_transpose(Image.open(data, formats=FORMATS))
-        if image.mode.startswith("F"):
-            raise ValueError("floating-point pixels have no agreed range")
-        if image.mode.startswith("I"):
-            return torch.from_numpy((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))[None]
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return pil_to_tensor(image.convert("RGB"))
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise errors of many kinds
-        raise ValueError(re.sub(" <.*", "", str(error)) or type(error).__name__) from error
+        with Image.open(path, formats=FORMATS) as image:  # reads the head alone, as a file of another kind may be large
+            if image.info.get("Software") == SHEET:
+                raise ValueError("a picture of samples by gan.py")
+            if least:
+                image.draft(None, (least, least))
+            pixels = pixels_of(ImageOps.exif_transpose(image))
+            return pixels, 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo with a preview
+    except Exception as error:  # Pillow's decoders raise errors of many kinds, but only the system's have a number
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise
+        raise ValueError(re.sub(" ['<].*", "", str(error)) or type(error).__name__) from error
+
+
+def pixels_of(image):
+    """Returns the pixels of an image of Pillow, uint8 [1 or 3,H,W]."""
+    if image.mode.startswith("F"):
+        raise ValueError("floating-point pixels have no agreed range")
+    if image.mode.startswith("I"):
+        return torch.from_numpy((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))[None]
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return pil_to_tensor(image.convert("RGB"))
 
 
 def cache_folder():
@@ -902,7 +996,11 @@ def policy(value):
 
 
 def file_name(value):
-    return Path(value).name == value != ".."
+    return Path(value).name == value != ".." and "\0" not in value
+
+
+def layer_size(value):
+    return 0 < value <= 2**14
 
 
 @dataclass
@@ -917,10 +1015,10 @@ class Config:
     channels: int | None = option(None, "1 for gray, 3 for colour (1 for mnist, fashion and usps, else 3)", (1, 3))
     flip: bool | None = option(None, "mirror half of the images at random (on, but off for digits)")
     augment: str = option("color,translation,cutout", "none, or some of color,translation,cutout", policy)
-    width: int | None = option(None, "channels at full resolution (size / 2)", positive)
-    max_width: int = option(512, "most channels of any layer", positive)
-    z_dim: int = option(128, "length of the noise vector", positive)
-    epochs: float | None = option(None, "passes over the data (150; synthetic 75)", positive)
+    width: int | None = option(None, "channels at full resolution (size / 2)", layer_size)
+    max_width: int = option(512, "most channels of any layer", layer_size)
+    z_dim: int = option(128, "length of the noise vector", layer_size)
+    epochs: float | None = option(None, "passes over the data (150, or more up to 3,000 steps; synthetic 75)", positive)
     steps: int | None = option(None, "training steps, instead of epochs", positive)
     batch: int = option(64, "images per step, over all processes; at least 2", lambda n: 2 <= n < 1e9)
     lr_G: float = option(4e-4, "Adam's learning rate of the generator", positive)
@@ -952,12 +1050,13 @@ def resolve(config):
     values = {f.name: checked(f, getattr(config, f.name)) for f in fields(config)}
     data = values["data"]
     if data not in DATASETS:
-        values["data"] = str(Path(os.path.expanduser(data)).absolute())
+        values["data"] = str(at_home(data).absolute())
+    for name in ("data_dir", "runs"):
+        values[name] = str(at_home(values[name]))
     size = values["size"] or (32 if data == "synthetic" else 64)
     defaults = {
         "size": size,
         "width": size // 2,
-        "epochs": 75 if data == "synthetic" else 150,
         "channels": 1 if data in GRAY else 3,
         "flip": data not in GRAY,
     }
@@ -1010,12 +1109,13 @@ class Run:
 
 def find_run(name=None, runs="runs"):
     """Finds a run by its path, or its name in the folder runs; None stands for the newest there."""
+    runs = at_home(runs)
     if name is None:
-        found = list(Path(runs).glob("*/checkpoint.pt"))
+        found = list(runs.glob("*/checkpoint.pt"))
         if not found:
             raise UserError(f"no runs in {runs}: train one, or see --runs")
         return max(found, key=lambda path: path.stat().st_mtime).parent
-    for path in (Path(name), Path(runs, name)):
+    for path in (at_home(name), runs / name):
         if path.is_file() or (path / "checkpoint.pt").is_file():
             return path
     raise UserError(f"no run {name!r}, neither here nor in {runs}; see --runs")
@@ -1046,19 +1146,21 @@ def read_checkpoint(path, model=GAN):
         content["config"] = resolve(model.Config(**content["config"]))
         steps = content["steps"]
         names = content["classes"]
+        content["images"]
         if type(steps) is not int or steps < 0 or not all(map(file_name, names)):
             raise UserError("steps or classes have impossible values")
     return content
 
 
 def load_generator(run, device="cpu", trunc=None, model=GAN):
-    """Loads the averaged generator of a run for z with this bound, with G.classes and G.steps; returns (G, Config)."""
+    """Loads the averaged generator of a run for z with this bound: (G, Config); G has classes, steps and images."""
     content = read_checkpoint(run, model)
     with reading(run, "checkpoint of this version of gan.py"):
         G, _ = model.networks(content["config"], len(content["classes"]))
         G.requires_grad_(False).load_state_dict(content["G_ema"])
     G.classes = content["classes"]
     G.steps = content["steps"]
+    G.images = content["images"]
     return standing_generator(G.to(device, memory_format=torch.channels_last), trunc), content["config"]
 
 
@@ -1071,6 +1173,8 @@ def open_run(gan, run):
     run.folder = run.folder or new_folder(gan.config)
     with open(run.folder / ".lock", "a") as lock:
         lock_file(lock, run.folder)
+        clear_leftovers(run.folder)
+        clear_leftovers(run.folder / "samples")
         rows = [row for row in read_rows(run.folder / "log.jsonl") if row.get("step", math.inf) <= gan.steps]
         write_text(run.folder / "config.json", json.dumps(asdict(gan.config), indent=2))
         write_text(run.folder / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
@@ -1120,7 +1224,7 @@ def prepare(config, resume=None, model=GAN):
     # Build the GAN.
     gan = model(config, len(classes) if config.cond else 0, device)
     gan.classes = classes if config.cond else []
-    gan.images = hashlib.sha256(images.numpy()).hexdigest()
+    gan.images = hash_of(images)
     folder = None
     if resume:
         gan.load(resume)
@@ -1129,7 +1233,7 @@ def prepare(config, resume=None, model=GAN):
 
     # Plan the run.
     per_epoch = len(images) // config.batch / config.d_steps
-    steps = config.steps or max(1, round(config.epochs * per_epoch))
+    steps = planned_steps(config, per_epoch)
     if gan.steps >= steps:
         raise UserError(f"{folder} has trained its {gan.steps} steps; --steps or --epochs can ask for more")
     x, _ = next(batches(images, labels, config, torch.device("cpu")))
@@ -1138,14 +1242,30 @@ def prepare(config, resume=None, model=GAN):
     run = Run(folder, gan.steps, steps, per_epoch, sample_every, tile(to_uint8(seen)))
 
     # Report the sizes.
-    names = ", ".join(classes[:20]) or "none"
-    say(f"{len(images)} images, {len(classes)} classes: {names}")
+    say(f"{len(images)} images, {len(classes)} classes: {describe(classes, labels) or 'none'}")
     if len(classes) > 1 and not config.cond:
         say(f"the {len(classes)} classes are not used: --cond conditions on them")
     say(f"G {millions(gan.G):.2f} M, D {millions(gan.D):.2f} M parameters")
     say(f"{n_ranks()} x {device}, {gan.autocast.fast_dtype}")
     say(f"steps {gan.steps} to {steps}, {per_epoch:g} per epoch")
     return gan, batches(images, labels, config, device, start=gan.steps * config.d_steps), run
+
+
+def planned_steps(config, per_epoch):
+    """Returns the steps of a whole run, by default 150 epochs, and of few images as many as they need to be learned."""
+    if config.steps:
+        return config.steps
+    if config.epochs:
+        return max(1, round(config.epochs * per_epoch))
+    return round(75 * per_epoch) if config.data == "synthetic" else max(3000, round(150 * per_epoch))
+
+
+def describe(classes, labels):
+    """Lists the first classes, with the numbers of their images where these differ."""
+    counts = labels.bincount(minlength=len(classes)).tolist()
+    if len(set(counts)) > 1:
+        classes = [f"{name} {count}" for name, count in zip(classes, counts)]
+    return ", ".join(classes[:20])
 
 
 def millions(net):
@@ -1185,6 +1305,8 @@ def train(config, resume=None, model=GAN):
         while gan.steps < run.steps and not stopped:
             # Take a step.
             losses.append(gan.train_step(data))
+            if gan.steps == run.first + 5:
+                forecast(gan, run)
             stopped = any_rank(len(stop) > 0)
             draws = gan.steps == run.steps or gan.steps % run.sample_every == 0
             saves = draws or stopped or any_rank(time.monotonic() > run.saved + 60 * gan.config.save_minutes)
@@ -1199,6 +1321,15 @@ def train(config, resume=None, model=GAN):
                 stopped |= save(gan, run, draws)
     say(f"{'stopped' if gan.steps < run.steps else 'done'} at step {gan.steps}: see {run.folder}")
     return run.folder
+
+
+def forecast(gan, run):
+    """Prints how long a run will take, by its first steps, and how to make a very long one shorter."""
+    hours = (run.steps - gan.steps) * (time.monotonic() - run.began) / (gan.steps - run.first) / 3600
+    if hours > 1:
+        say(f"this will take some {hours:.0f} hours")
+    if hours > 12:
+        say(f"--steps {round(run.steps * 12 / hours, -3)} would take 12; the run can go on later with --resume")
 
 
 def log(gan, run, losses):
@@ -1284,7 +1415,7 @@ def join(name):
         device = torch.device(own)
         torch.zeros(1, device=device).item()
     except Exception as error:  # of many kinds, by what torch was built with
-        raise UserError(f"no device {name!r} here: {str(error)[:100]}")
+        raise UserError(f"no device {name!r} here, where --device cpu --amp auto would work: {cause(error)}")
     if launched and device.type == "cuda":
         torch.cuda.set_device(device)
     if launched and not dist.is_initialized():
@@ -1347,6 +1478,8 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
     notes = []
     if G.num_classes and not classes:
         notes.append("these images have no classes: the samples are drawn evenly from all classes of the run")
+    if hash_of(images) != G.images:
+        notes.append(f"these are not the images that the run was trained on, which lay in {config.data}")
 
     # Draw the grids, first, so that an unwritable disk shows before the long work.
     folder = checkpoint_of(run).parent
@@ -1434,7 +1567,7 @@ def eval_command(args, model):
 
 
 def sample_command(args, model):
-    out = Path(args.out)
+    out = at_home(args.out)
     kind = out.suffix
     if kind not in (".png", ".npz", "") or (kind == "" and out.exists()) or (args.interpolate and kind != ".png"):
         raise UserError(f"--out {out}: give a .png, an .npz or a new folder; with --interpolate a .png")
@@ -1463,7 +1596,8 @@ def write_samples(out, G, n, labels, seed):
     """Writes n samples of labels [n] as an .npz, or as a new folder of pictures with a sub-folder for each class."""
     images = generate(G, n, labels.tolist() if G.num_classes else None, seed)
     if out.suffix == ".npz":
-        arrays = {"images": images.permute(0, 2, 3, 1).numpy()}  # uint8 [n,H,W,C]
+        pixels = images.permute(0, 2, 3, 1).numpy()  # uint8 [n,H,W,C]
+        arrays = {"images": pixels, "arr_0": pixels}  # arr_0 for ADM's evaluator
         if G.num_classes:
             arrays["labels"] = labels.numpy()  # int64 [n]
         with atomic_write(out) as file:
@@ -1471,14 +1605,14 @@ def write_samples(out, G, n, labels, seed):
         return
     for i, (image, label) in enumerate(zip(images, labels)):
         folder = out / G.classes[label] if G.num_classes else out
-        write_picture(folder / f"{i:05d}.png", image)
+        write_picture(folder / f"{i:05d}.png", image, "gan.py, a sample")
 
 
 class Parser(argparse.ArgumentParser):
     """Reports a mistake in one line."""
 
     def error(self, message):
-        say(f"{self.prog.split()[0]}: error: {message} (--help lists the flags)", sys.stderr)
+        shout(f"{self.prog.split()[0]}: error: {message} (--help lists the flags)", sys.stderr)
         self.exit(2)
 
 
@@ -1543,6 +1677,7 @@ def main(argv=None, model=GAN):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names in a terminal of another encoding
+    warnings.simplefilter("ignore")  # of Pillow, NumPy and torch: advice to programmers
     args = make_parser(model).parse_args(argv)
     commands = {"train": train_command, "eval": eval_command, "sample": sample_command}
     status = 0
@@ -1557,7 +1692,8 @@ def main(argv=None, model=GAN):
         if not message:
             raise
     if status:
-        say(f"{Path(sys.argv[0]).name}: error: {message}", sys.stderr)
+        where = f" in process {rank()}" if n_ranks() > 1 else ""
+        shout(f"{Path(sys.argv[0]).name}: error{where}: {message}", sys.stderr)
     if n_ranks() > 1:  # gloo can hang where it is taken down, and abort where it is not
         os._exit(status)
     if status:
@@ -1570,6 +1706,10 @@ def explain(error):
     kinds = [kind.__name__ for kind in type(error).__mro__]
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in message:
         return "out of memory; try a smaller --batch, --width, --size or --n"
+    if "start new thread" in message:
+        return "the system allows no more threads; set OMP_NUM_THREADS=1, or end other programs"
+    if n_ranks() > 1 and (isinstance(error, dist.DistError) or "gloo/" in message):
+        return "another process has stopped"
     if isinstance(error, (OSError, ImportError)) or "UserError" in kinds:  # ours or metrics'
         return message or kinds[0]
     return None

@@ -21,6 +21,7 @@ import os
 import re
 import sys
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -714,11 +715,16 @@ def stretch_rows(x, size=299):
 # gan.py and metrics.py each work alone when copied. From here to Progress, both hold the same text.
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # for some others Pillow starts a program
+SHEET = "gan.py, a sheet"  # the text in a PNG that shows samples and is no image to learn from
 
 
 def list_files(folder):
-    """Lists the visible files below a folder, relative to it; follows links, but enters each real folder once."""
+    """Lists the visible files below a folder, relative to it, and apart from them the folders of gan.py's runs.
+
+    Follows links, but enters each real folder once, and no run's: its pictures are no data.
+    """
     files = []
+    runs = []
     entered = set()
     waiting = [Path(folder)]
     while waiting:
@@ -727,28 +733,43 @@ def list_files(folder):
             continue
         entered.add(parent.resolve())
         visible = [path for path in parent.iterdir() if not path.name.startswith(".")]
+        if {"config.json", "checkpoint.pt"} <= {path.name for path in visible}:
+            runs.append(parent.relative_to(folder))
+            continue
         waiting += sorted(path for path in visible if path.is_dir())
         files += [path.relative_to(folder) for path in visible if path.is_file()]
-    return sorted(files, key=str)
+    return sorted(files, key=str), runs
 
 
-def read_image(path):
-    """Reads an image file: EXIF rotation applied, transparency on white, 16 bits scaled to 8: uint8 [1 or 3,H,W].
-    Raises ValueError for bytes that are no such image; errors of the disk and of memory pass through."""
-    data = io.BytesIO(Path(path).read_bytes())
+def read_image(path, least=None):
+    """Reads the first page of an image file: (uint8 [1 or 3,H,W], the number of its pages).
+
+    EXIF rotation is applied, transparency put on white, 16 bits scaled to 8. A JPEG is decoded at a reduced scale where
+    its sides keep `least` pixels. Raises ValueError for bytes that are no such image; errors of the disk pass through.
+    """
     try:
-        image = ImageOps.exif_transpose(Image.open(data, formats=FORMATS))
-        if image.mode.startswith("F"):
-            raise ValueError("floating-point pixels have no agreed range")
-        if image.mode.startswith("I"):
-            return torch.from_numpy((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))[None]
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return pil_to_tensor(image.convert("RGB"))
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise errors of many kinds
-        raise ValueError(re.sub(" <.*", "", str(error)) or type(error).__name__) from error
+        with Image.open(path, formats=FORMATS) as image:  # reads the head alone, as a file of another kind may be large
+            if image.info.get("Software") == SHEET:
+                raise ValueError("a picture of samples by gan.py")
+            if least:
+                image.draft(None, (least, least))
+            pixels = pixels_of(ImageOps.exif_transpose(image))
+            return pixels, 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo with a preview
+    except Exception as error:  # Pillow's decoders raise errors of many kinds, but only the system's have a number
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise
+        raise ValueError(re.sub(" ['<].*", "", str(error)) or type(error).__name__) from error
+
+
+def pixels_of(image):
+    """Returns the pixels of an image of Pillow, uint8 [1 or 3,H,W]."""
+    if image.mode.startswith("F"):
+        raise ValueError("floating-point pixels have no agreed range")
+    if image.mode.startswith("I"):
+        return torch.from_numpy((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))[None]
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return pil_to_tensor(image.convert("RGB"))
 
 
 @contextlib.contextmanager
@@ -827,14 +848,16 @@ class Progress:
 class Folder:
     """Reads the images below a folder when they are needed.
 
-    Of those read so far: skipped is {file: reason} of undecodable ones, not in len(); brightest is the largest value.
+    Of those read so far: skipped is {file: reason} of undecodable ones, not in len(); pages is the number of pages
+    behind first ones; brightest holds the largest value of each image. runs lists gan.py's runs, left out.
     """
 
     def __init__(self, path):
         self.path = Path(path)
-        self.files = list_files(self.path)
+        self.files, self.runs = list_files(self.path)
         self.skipped = {}
-        self.brightest = 0
+        self.pages = 0
+        self.brightest = []
 
     def __len__(self):
         return len(self.files) - len(self.skipped)
@@ -848,16 +871,19 @@ class Folder:
                 images = [image for image in ahead if image is not None]
                 ahead = pool.map(self.decode, self.files[start : start + at_once])
                 for image in images:
-                    self.brightest = max(self.brightest, int(image.max()))
+                    self.brightest.append(int(image.max()))
                 for _, group in itertools.groupby(images, key=lambda image: image.shape):
                     yield from torch.stack(list(group)).split(size)
 
     def decode(self, file):
         """Reads an image [3,H,W], or notes why it is none and returns None."""
         try:
-            return read_image(self.path / file).expand(3, -1, -1)
+            image, pages = read_image(self.path / file)
         except ValueError as error:
             self.skipped[file] = str(error)
+            return None
+        self.pages += pages - 1
+        return image.expand(3, -1, -1)
 
 
 def open_set(path):
@@ -901,15 +927,18 @@ class Parser(argparse.ArgumentParser):
 def make_parser():
     parser = Parser(prog="metrics.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("real", help="folder of real images, .npz or .npy of uint8 images, or saved statistics")
-    add("fake", nargs="?", help="the same of generated images; optional with --out")
-    add("--extractor", default="inception", help="inception, a weights file or a .pt2 program that you trust")
+    add(
+        "real", type=os.path.expanduser, help="folder of real images, .npz or .npy of uint8 images, or saved statistics"
+    )
+    add("fake", nargs="?", type=os.path.expanduser, help="the same of generated images; optional with --out")
+    network = "inception, a weights file or a .pt2 program that you trust"
+    add("--extractor", type=os.path.expanduser, default="inception", help=network)
     add("--resize", choices=RESIZES, help="to Inception's 299 pixels (tf1 for weights of 1,008 classes, else bilinear)")
     add("--dtype", choices=DTYPES, default="float32", help="of Inception (float32)")
     scores = "fid, is, kid, prdc (precision, recall, density, coverage), swd (sliced Wasserstein, without a network)"
     add("--metrics", type=score_names, default=[], help=f"with commas: {scores}; all available but swd by default")
     add("--json", action="store_true", help="print one JSON object")
-    add("--out", help="write REAL's statistics to this .npz")
+    add("--out", type=os.path.expanduser, help="write REAL's statistics to this .npz")
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=usable_device, default=cuda, help="cuda if there is one, else cpu")
     return parser
@@ -1021,8 +1050,13 @@ def folder_notes(folder):
     if folder.skipped:
         some = ", ".join(f"{file} ({reason})" for file, reason in sorted(folder.skipped.items())[:3])
         lines.append(f"{folder.path}: skipped {len(folder.skipped)} files that are no images, such as {some}")
-    if folder.brightest < 64:
-        lines.append(f"{folder.path}: dark images, from 0 to {folder.brightest} of 255: 12-bit data in 16 bits?")
+    if folder.pages:
+        lines.append(f"{folder.path}: left out {folder.pages} pages, since the first of a file stands for it")
+    if folder.runs:
+        lines.append(f"{folder.path}: left out the runs {', '.join(map(str, folder.runs[:3]))}")
+    typical = sorted(folder.brightest)[len(folder.brightest) // 2]
+    if typical < 64:
+        lines.append(f"{folder.path}: dark images, most from 0 to {typical} of 255: 12-bit data in 16 bits?")
     return lines
 
 
@@ -1042,6 +1076,7 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names in a terminal of another encoding
+    warnings.simplefilter("ignore")  # of Pillow, NumPy and torch: advice to programmers
     try:
         args = make_parser().parse_args(argv)
         result = run(args)

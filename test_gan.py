@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import zipfile
 from dataclasses import asdict, dataclass, replace
@@ -232,19 +233,18 @@ def test_public_functions_take_their_parameters_in_this_order(name, parameters):
     assert list(inspect.signature(function).parameters)[: len(expected)] == expected
 
 
-SHARED = ["natural", "list_files", "read_image", "atomic_write", "reading"]  # the names that both files may define
+SHARED = "SHEET FORMATS list_files read_image pixels_of atomic_write reading cause printable Progress".split()
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_shared_functions_are_equal_text(name):
+def test_shared_names_are_equal_text(name):
     """By their sources: the two files share no code, and say the same where they do the same."""
-    if hasattr(metrics, name):
-        assert inspect.getsource(getattr(gan, name)) == inspect.getsource(getattr(metrics, name))
-
-
-def test_shared_formats_are_equal():
-    """By the definition: one list of image formats."""
-    assert gan.FORMATS == metrics.FORMATS
+    one = getattr(gan, name)
+    other = getattr(metrics, name)
+    if callable(one):
+        one = inspect.getsource(one)
+        other = inspect.getsource(other)
+    assert one == other
 
 
 ALONE = """
@@ -1410,11 +1410,41 @@ def test_load_folder_has_no_classes_beside_a_stray_picture(messy, capsys):
     assert "stray.png lies beside" in capsys.readouterr().out
 
 
-def test_load_folder_leaves_runs_out(run, tmp_path):
+def test_load_folder_leaves_runs_out_and_says_so(run, tmp_path, capsys):
     """The definition: a run's own pictures are no data."""
     shutil.copytree(run, tmp_path / "runs" / "0000")
     bmp_folder(tmp_path / "pictures", 200)
     assert len(gan.load_images(str(tmp_path), 16, 3)[0]) == 4
+    assert "left out the runs runs/0000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stray", ["log.jsonl", "checkpoint.pt", "config.json"])
+def test_load_folder_takes_pictures_beside_a_stray_file(stray, tmp_path):
+    """The definition: config.json and checkpoint.pt together make a run, nothing else does."""
+    data = Path(bmp_folder(tmp_path / "data", 200))
+    (data / stray).write_text("{}")
+    assert len(gan.load_images(str(data), 16, 3)[0]) == 4
+
+
+def test_load_folder_skips_the_sheets_of_samples_and_takes_samples(run, tmp_path):
+    """The definition: a sheet is known by the text in it, whatever its name."""
+    gan.main(["sample", "--run", str(run), "--n", "3", "--out", str(tmp_path / "data")])
+    gan.main(["sample", "--run", str(run), "--n", "3", "--out", str(tmp_path / "sheet.png")])
+    [folder] = {path.parent for path in (tmp_path / "data").rglob("00000.png")}
+    shutil.move(tmp_path / "sheet.png", folder / "a photo.png")
+    images, _, _ = gan.load_images(str(tmp_path / "data"), 16, 3)
+    assert len(images) == 3
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tif", "png", "webp"])
+def test_load_folder_says_how_many_pages_are_left_out(suffix, tmp_path, capsys):
+    """By hand: five pages, of which the first is white."""
+    pages = [Image.new("RGB", (16, 16), (shade, shade, shade)) for shade in (255, 9, 80, 120, 200)]
+    pages[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=pages[1:])
+    images, _, _ = gan.load_images(str(tmp_path), 16, 3)
+    assert len(images) == 1
+    assert images.min() > 250
+    assert "left out 4 pages" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value, dark", [(10, True), (200, False)])
@@ -1452,7 +1482,7 @@ def counted(folder, tmp_path, monkeypatch):
     data = Path(shutil.copytree(folder / "rose 1", tmp_path / "data"))
     calls = []
     read_image = gan.read_image
-    monkeypatch.setattr(gan, "read_image", lambda path: calls.append(path) or read_image(path))
+    monkeypatch.setattr(gan, "read_image", lambda path, least: calls.append(path) or read_image(path, least))
 
     def load(size=16, channels=3):
         calls.clear()
@@ -1512,6 +1542,31 @@ def test_decode_cached_makes_a_damaged_cache_anew(counted, tmp_path):
     assert list((tmp_path / "cache").rglob("*.part")) == []
 
 
+@pytest.mark.parametrize("content", [{}, 7, "images alone", [1, 2, 3]])
+def test_decode_cached_makes_a_cache_of_another_form_anew(content, counted, tmp_path):
+    """The definition."""
+    _, load = counted
+    images, _ = load()
+    [cache] = (tmp_path / "cache").rglob("*.pt")
+    torch.save(images if content == "images alone" else content, cache)
+    assert load()[1] == 8
+    assert load()[1] == 0
+
+
+def test_decode_cached_removes_what_killed_processes_left(counted, tmp_path):
+    """By hand: a part of two days ago goes, one of now and another program's stay."""
+    _, load = counted
+    folder = tmp_path / "cache" / "gan.py"
+    folder.mkdir(parents=True)
+    names = [".0123456789abcdef.part", ".fedcba9876543210.part", ".other.part"]
+    for name in names:
+        (folder / name).write_text("half")
+    for name in (names[0], names[2]):
+        os.utime(folder / name, (time.time() - 172_800,) * 2)
+    load()
+    assert sorted(path.name for path in folder.glob(".*.part")) == sorted(names[1:])
+
+
 def test_decode_cached_knows_folders_of_equal_sizes_and_times(tmp_path):
     """By hand: the shade of each."""
     for name, value in (("A", 10), ("B", 200)):
@@ -1535,7 +1590,7 @@ def test_decode_passes_errors_that_are_not_of_a_file(error, folder, tmp_path, mo
     """The definition: they end the call, and no cache holds what was not read."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", raising(error))
+        patch.setattr(Image, "open", raising(error))
         with pytest.raises(type(error)):
             gan.load_images(str(folder), 16, 3)
     assert len(gan.load_images(str(folder), 16, 3)[0]) == 24
@@ -1563,7 +1618,8 @@ def test_natural_puts_9_before_10():
 
 def test_list_files_enters_each_folder_once(messy):
     """By hand: 24 pictures and three other files; nothing hidden, nothing by two ways."""
-    files = gan.list_files(messy)
+    files, runs = gan.list_files(messy)
+    assert runs == []
     assert len(files) == len(set(files)) == 27
     assert len({(messy / file).resolve() for file in files}) == 27
     assert {file.parts[0] for file in files} == {*NAMES, "float.tif"}
@@ -1584,7 +1640,9 @@ def test_read_image_decodes_each_lossless_mode_exactly(kind, tmp_path):
     mode, suffix = kind.split(".")
     image = to_pil_image(color_picture()).convert(mode)
     image.save(tmp_path / f"x.{suffix}")
-    decoded = gan.read_image(tmp_path / f"x.{suffix}").expand(3, -1, -1)
+    pixels, pages = gan.read_image(tmp_path / f"x.{suffix}")
+    decoded = pixels.expand(3, -1, -1)
+    assert pages == 1
     assert decoded.dtype == torch.uint8
     assert torch.equal(decoded, pil_to_tensor(image.convert("RGB")))
 
@@ -1594,12 +1652,12 @@ def test_read_image_scales_16_bits_to_8(suffix, tmp_path):
     """By hand: 257 n stands for n."""
     gray = color_picture()[:1]
     Image.fromarray(gray[0].numpy().astype(np.uint16) * 257).save(tmp_path / f"x.{suffix}")
-    assert torch.equal(gan.read_image(tmp_path / f"x.{suffix}"), gray)
+    assert torch.equal(gan.read_image(tmp_path / f"x.{suffix}")[0], gray)
 
 
 def save_jpeg(image, path, **options):
     image.save(path, quality=100, subsampling=0, **options)
-    return gan.read_image(path).float()
+    return gan.read_image(path)[0].float()
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
@@ -1625,9 +1683,27 @@ def test_read_image_puts_transparency_on_white(tmp_path):
     rgba = torch.cat([color_picture(), torch.zeros(1, 12, 8, dtype=torch.uint8)])
     rgba[3, 6:] = 51
     to_pil_image(rgba).save(tmp_path / "x.png")
-    decoded = gan.read_image(tmp_path / "x.png")
+    decoded, _ = gan.read_image(tmp_path / "x.png")
     assert (decoded[:, :6] == 255).all()
     assert decoded[:, 11, 7].tolist() == [204, 204, 224]
+
+
+def test_read_image_reduces_large_jpegs_alone(tmp_path):
+    """JPEG's definition: its blocks can be decoded at an eighth; Pillow keeps both sides at least as asked."""
+    image = to_pil_image(color_picture()).resize((320, 480))
+    image.save(tmp_path / "x.jpg", quality=95)
+    image.save(tmp_path / "x.png")
+    assert gan.read_image(tmp_path / "x.jpg", 64)[0].shape == (3, 120, 80)
+    assert gan.read_image(tmp_path / "x.jpg")[0].shape == (3, 480, 320)
+    assert gan.read_image(tmp_path / "x.png", 64)[0].shape == (3, 480, 320)
+
+
+def test_read_image_does_not_read_what_is_no_image(tmp_path):
+    """By hand: a file of 20 GB, which takes no room on the disk and would not fit in memory."""
+    with open(tmp_path / "x.png", "wb") as file:
+        file.truncate(20 * 2**30)
+    with pytest.raises(ValueError):
+        gan.read_image(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"])
@@ -1677,9 +1753,9 @@ def test_batches_mirror_half_of_the_images():
 @pytest.mark.parametrize(
     "data, expected",
     [
-        ("synthetic", dict(size=32, width=16, epochs=75, channels=3, flip=True)),
-        ("mnist", dict(size=64, width=32, epochs=150, channels=1, flip=False)),
-        ("cifar10", dict(size=64, width=32, epochs=150, channels=3, flip=True)),
+        ("synthetic", dict(size=32, width=16, channels=3, flip=True)),
+        ("mnist", dict(size=64, width=32, channels=1, flip=False)),
+        ("cifar10", dict(size=64, width=32, channels=3, flip=True)),
     ],
 )
 def test_resolve_fills_in_what_depends_on_the_data(data, expected):
@@ -1694,6 +1770,15 @@ def test_resolve_keeps_what_was_given(tmp_path, monkeypatch):
     config = gan.resolve(gan.Config(data="pictures", size=16, width=5, flip=False))
     assert (config.size, config.width, config.flip) == (16, 5, False)
     assert config.data == str(tmp_path / "pictures")
+
+
+def test_resolve_knows_the_home_of_the_user(tmp_path, monkeypatch):
+    """The shell's convention, which it does not apply behind an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = gan.resolve(gan.Config(data="~/pictures", data_dir="~/data", runs="~/runs"))
+    assert config.data == str(tmp_path / "pictures")
+    assert config.data_dir == str(tmp_path / "data")
+    assert config.runs == str(tmp_path / "runs")
 
 
 FOREIGN = dict(
@@ -1807,6 +1892,7 @@ IMPOSSIBLE = [
     ("classes", None),
     ("classes", ["../x", "a", "b"]),
     ("classes", ["..", "a", "b"]),
+    ("classes", ["a\0", "a", "b"]),
     ("config", {"size": 17}),
     ("config", None),
     ("config", Path()),
@@ -1830,6 +1916,20 @@ def test_read_checkpoint_for_resume_reports_a_damaged_optimizer(value, content, 
     """The definition."""
     torch.save(content | {"opt_G": value}, own_run / "checkpoint.pt")
     assert "not a readable" in fails(capsys, "train", "--resume", own_run, "--steps", "9")
+
+
+def test_load_reports_an_optimizer_of_other_networks(content, own_run, capsys):
+    """The definition: Adam's moments have the shapes of the weights."""
+    state = copy.deepcopy(content["opt_G"])
+    state["state"][3]["exp_avg"] = torch.zeros(5)
+    torch.save(content | {"opt_G": state}, own_run / "checkpoint.pt")
+    assert "of other networks" in fails(capsys, "train", "--resume", own_run, "--steps", "9")
+
+
+def test_read_checkpoint_reports_that_the_images_are_missing(content, tmp_path, capsys):
+    """The definition."""
+    torch.save({name: value for name, value in content.items() if name != "images"}, tmp_path / "x.pt")
+    assert "not a readable" in sample_fails(capsys, tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("number", [1, None])
@@ -1881,6 +1981,16 @@ def test_open_run_cuts_the_log_behind_the_checkpoint(own_run):
 def test_open_run_draws_the_images_as_d_sees_them(run):
     """By hand: the first batch of 8 in a row."""
     assert Image.open(run / "real.png").size == (8 * 18 + 2, 18 + 2)
+
+
+def test_open_run_removes_what_a_killed_process_left(own_run):
+    """By hand: two days old, in both folders that a run writes to."""
+    for folder in (own_run, own_run / "samples"):
+        part = folder / ".0123456789abcdef.part"
+        part.write_text("half")
+        os.utime(part, (time.time() - 172_800,) * 2)
+    gan.main(["train", "--resume", str(own_run), "--steps", "7"])
+    assert list(own_run.rglob(".*.part")) == []
 
 
 def test_open_run_leaves_nothing_else(run):
@@ -1983,6 +2093,47 @@ def test_prepare_plans_the_run(config):
     assert plan.per_epoch == 1.5
     assert (plan.first, plan.steps, plan.sample_every) == (0, 6, 3)
     assert plan.folder is None
+
+
+@pytest.mark.parametrize(
+    "given, per_epoch, expected",
+    [
+        (dict(data="x"), 100, 15_000),
+        (dict(data="x"), 1, 3_000),
+        (dict(data="synthetic"), 21, 1_575),
+        (dict(data="x", epochs=2.5), 10, 25),
+        (dict(data="x", epochs=0.001), 10, 1),
+        (dict(data="x", epochs=9, steps=7), 10, 7),
+    ],
+)
+def test_planned_steps_are_what_the_help_says(given, per_epoch, expected):
+    """By hand: 150 epochs but at least 3,000 steps, the drawn flowers 75 epochs; --steps wins over --epochs."""
+    assert gan.planned_steps(gan.Config(**given), per_epoch) == expected
+
+
+def test_describe_counts_the_images_of_unequal_classes():
+    """By hand."""
+    labels = torch.tensor([0, 0, 1, 1])
+    assert gan.describe(["a", "b"], labels) == "a, b"
+    assert gan.describe(["a", "b"], labels[1:]) == "a 1, b 2"
+    assert gan.describe([], labels * 0) == ""
+
+
+@pytest.mark.parametrize(
+    "seconds, expected",
+    [
+        (1, []),
+        (3, ["this will take some 3 hours"]),
+        (24, ["this will take some 24 hours", "--steps 2000 would take 12"]),
+    ],
+)
+def test_forecast_says_how_long_a_run_takes(seconds, expected, monkeypatch, capsys):
+    """By hand: 3,600 steps are left, of which each takes so many seconds."""
+    monkeypatch.setattr(time, "monotonic", lambda: 100 + 5 * seconds)
+    plan = SimpleNamespace(first=10, steps=3615, began=100)
+    gan.forecast(SimpleNamespace(steps=15), plan)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
 
 
 def test_prepare_writes_nothing(config):
@@ -2399,16 +2550,44 @@ gan.main(["train", "--device", "cpu", "--size", "16", "--seed", os.environ["RANK
         ("gan.py train --data nowhere --device cpu", ["no folder"]),
     ],
 )
-def test_main_reports_once_under_torchrun(argv, hints, tmp_path):
-    """The definition: one line for each mistake, and nothing is written."""
+def test_main_reports_each_process_under_torchrun(argv, hints, tmp_path):
+    """The definition: one line from each process for each mistake, and nothing is written."""
     (tmp_path / "mistakes.py").write_text(MISTAKES)
     shutil.copy(HERE / "gan.py", tmp_path)
     done = torchrun(*argv.split(), cwd=tmp_path)
-    errors = [line for line in done.stderr.splitlines() if ".py: error: " in line]
+    errors = [line for line in done.stderr.splitlines() if ".py: error" in line]
     assert done.returncode != 0
-    assert len(errors) == len(hints), done.stderr
-    assert all(hint in error for hint, error in zip(hints, errors))
+    for hint in hints:
+        assert sum(hint in error for error in errors) == 2, done.stderr
+    assert len(errors) == 2 * len(hints)
     assert not (tmp_path / "runs").exists()
+
+
+ALONE_IN_ERROR = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import gan
+
+class Failing(gan.GAN):
+    def update_G(self, *args):
+        if self.steps == 2 and gan.rank() == 1:
+            raise gan.UserError("a fault of one")
+        return super().update_G(*args)
+
+gan.main(model=Failing)
+"""
+
+
+def test_main_reports_an_error_of_one_process_alone(tmp_path, folder):
+    """The definition: its own line, and one of the process that waits for it, without tracebacks of ours."""
+    (tmp_path / "one.py").write_text(ALONE_IN_ERROR)
+    done = torchrun("one.py", "train", *TOY_FLAGS, "--data", folder, "--steps", "9", cwd=tmp_path)
+    errors = [line for line in done.stderr.splitlines() if "one.py: error" in line]
+    assert done.returncode != 0
+    assert "one.py: error in process 1: a fault of one" in errors
+    assert set(errors) <= {errors[0], errors[-1], "one.py: error in process 0: another process has stopped"}
+    assert len(errors) <= 2
+    assert 'gan.py", line' not in done.stderr
 
 
 # ---- gan.py: evaluation
@@ -2452,6 +2631,16 @@ def test_evaluate_appends_its_rows(own_run, extractor_file):
         file.write('{"trunc": 0.5, "ve')
     second = gan.evaluate(own_run, n=30, extractor=str(extractor_file), device="cpu")
     assert gan.read_rows(own_run / "eval.jsonl") == first + second
+
+
+def test_evaluate_says_when_the_images_are_others(own_run, folder, tmp_path, extractor_file):
+    """By hand: one image more than at training."""
+    [row] = gan.evaluate(own_run, n=20, extractor=str(extractor_file), device="cpu")
+    assert not any("trained on" in note for note in row["notes"])
+    grown = shutil.copytree(folder, tmp_path / "grown")
+    shutil.copy(next(Path(grown).rglob("*.png")), Path(grown) / "rose 1" / "more.png")
+    [row] = gan.evaluate(own_run, n=20, extractor=str(extractor_file), device="cpu", data=str(grown))
+    assert any("not the images that the run was trained on" in note for note in row["notes"])
 
 
 def test_evaluate_draws_a_grid_for_each_bound(own_run, extractor_file):
@@ -2537,6 +2726,7 @@ def test_sample_command_writes_arrays(run, tmp_path):
     expected = gan.generate(gan.load_generator(run)[0], 7, range(3))
     assert arrays["images"].dtype == np.uint8
     assert np.array_equal(arrays["images"], expected.permute(0, 2, 3, 1))
+    assert np.array_equal(arrays["arr_0"], arrays["images"])
     assert arrays["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
@@ -2634,7 +2824,10 @@ BAD_INPUT = """
     train --device mps | device
     train --data nowhere | nowhere
     train --data mnist --data-dir nowhere | mnist
-    train --z-dim 999999999 --device cpu | memory
+    train --z-dim 999999999 --device cpu | z_dim
+    train --width 999999999 --device cpu | width
+    train --data ~nobody/x --device cpu | ~nobody/x
+    sample --run ~nobody/x | ~nobody/x
     train --runs /dev/null/x | /dev/null/x
     train --los ns | --los
     train --resume nowhere | no run 'nowhere'
@@ -2670,6 +2863,21 @@ def test_main_reports_bad_input_in_a_line(argv, hint, run, tmp_path, capsys, mon
     assert hint in err
     assert len(err) <= 250
     assert not (tmp_path / "runs").exists()
+
+
+def test_main_reports_that_there_are_no_threads_left(monkeypatch, capsys):
+    """Python's own message, which threading raises where the system refuses."""
+    monkeypatch.setattr(gan, "train", raising(RuntimeError("can't start new thread")))
+    assert "OMP_NUM_THREADS=1" in fails(capsys, "train")
+
+
+def test_main_keeps_warnings_from_the_terminal(run, tmp_path):
+    """The definition: advice to programmers, such as Pillow's on a large picture."""
+    Image.new("L", (10_000, 9_000)).save(tmp_path / "large.png")
+    flags = ["--runs", tmp_path / "runs", "--data", tmp_path, *TOY_FLAGS, "--batch", "2"]
+    done = command(HERE / "gan.py", "train", *flags, cwd=tmp_path)
+    assert done.stderr.count("\n") == 1
+    assert "--batch 2 is more than the 1 images" in done.stderr
 
 
 def test_main_ends_with_130_when_interrupted(monkeypatch, capsys):
@@ -3767,7 +3975,7 @@ def test_folder_reads_every_image_in_order(tmp_path, tiny):
     read = list(metrics.batches(images, 4))
     assert sum(map(len, read)) == len(images) == 5 and max(map(len, read)) <= 4
     files = [file for file in images.files if file not in images.skipped]
-    singles = [tiny(metrics.read_image(tmp_path / file)[None])[0] for file in files]
+    singles = [tiny(metrics.read_image(tmp_path / file)[0][None])[0] for file in files]
     assert (metrics.measure(tiny, images).features - torch.cat(singles)).abs().max() < 1e-6
 
 
@@ -3890,7 +4098,7 @@ def test_run_notes_files_that_are_no_images(score, tmp_path):
 def test_run_notes_dark_images(score, tmp_path):
     """By hand."""
     dark = bmp_folder(tmp_path / "dark", 10)
-    assert "dark images, from 0 to 10" in score(dark, dark)["notes"][-1]
+    assert "dark images, most from 0 to 10" in score(dark, dark)["notes"][-1]
 
 
 COMMAND_ERRORS = """
