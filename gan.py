@@ -1175,11 +1175,24 @@ def open_run(gan, run):
         lock_file(lock, run.folder)
         clear_leftovers(run.folder)
         clear_leftovers(run.folder / "samples")
-        rows = [row for row in read_rows(run.folder / "log.jsonl") if row.get("step", math.inf) <= gan.steps]
-        write_text(run.folder / "config.json", json.dumps(asdict(gan.config), indent=2))
-        write_text(run.folder / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+        cut_log(run.folder / "log.jsonl", gan.steps)
+        write_config(gan, run)
         write_picture(run.folder / "real.png", run.real)
         yield
+
+
+def write_config(gan, run):
+    write_text(run.folder / "config.json", json.dumps(asdict(gan.config), indent=2))
+
+
+def cut_log(path, steps):
+    """Removes the rows of a log behind this step; a copy keeps lines that are no rows, such as half a one."""
+    rows = [row for row in read_rows(path) if isinstance(row.get("step"), int)]
+    if path.exists() and len(rows) < len(path.read_bytes().splitlines()):
+        odd = path.with_name("log-odd.jsonl")
+        os.replace(path, odd)
+        say(f"{path} has lines that are no rows: {odd} keeps them")
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= steps))
 
 
 def new_folder(config):
@@ -1329,7 +1342,8 @@ def forecast(gan, run):
     if hours > 1:
         say(f"this will take some {hours:.0f} hours")
     if hours > 12:
-        say(f"--steps {round(run.steps * 12 / hours, -3)} would take 12; the run can go on later with --resume")
+        thousands = max(1, round(run.steps * 12 / hours / 1000))
+        say(f"--steps {thousands}000 would take 12, and --resume can go on from there")
 
 
 def log(gan, run, losses):
@@ -1341,6 +1355,10 @@ def log(gan, run, losses):
         seconds = (time.monotonic() - run.began) / (gan.steps - run.first)  # per step
         record = {"step": gan.steps, "epoch": gan.steps / run.per_epoch, "images_per_s": gan.config.batch / seconds}
         means = dict(zip(("loss_D", "loss_G", "real_logit", "fake_logit"), losses.mean(dim=0).tolist()))
+        if not run.folder.is_dir():
+            say(f"{run.folder} has gone: it is made anew, with a checkpoint after the next step")
+            write_config(gan, run)
+            run.saved = -math.inf
         append_row(run.folder / "log.jsonl", record | means)
         left = timedelta(seconds=round((run.steps - gan.steps) * seconds))
         shown = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())

@@ -23,6 +23,7 @@ import sys
 import time
 import urllib.error
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1281,6 +1282,14 @@ def test_append_row_stands_alone_behind_half_a_line(tmp_path):
     assert gan.read_rows(path) == [{"step": 1}, {"step": 3}, {"step": 4}]
 
 
+def test_append_row_loses_nothing_of_several_at_once(tmp_path):
+    """By hand: 400 rows by eight writers, each with a file of its own."""
+    path = tmp_path / "x.jsonl"
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda i: gan.append_row(path, {"row": i, "text": "x" * 500}), range(400)))
+    assert sorted(row["row"] for row in gan.read_rows(path)) == list(range(400))
+
+
 def test_say_escapes_what_is_no_text(capsys):
     """By hand: one line stays one, and a file's bytes stay visible."""
     gan.say("two\nlines and latin1-" + os.fsdecode(b"\xe9") + " and 玫瑰")
@@ -1978,6 +1987,31 @@ def test_open_run_cuts_the_log_behind_the_checkpoint(own_run):
     assert [row["step"] for row in logged(own_run)] == [6, 8]
 
 
+ODD_LINES = [b"\xff\x00\xfe", b"some text", b"null", b"7", b"9" * 5000, b"[1]", b'{"step": "x"}', b'{"step": 3, "lo']
+
+
+@pytest.mark.parametrize("line", ODD_LINES)
+def test_cut_log_keeps_odd_lines_aside(line, tmp_path, capsys):
+    """By hand: two rows, one of which lies behind the checkpoint, around the odd line."""
+    log = tmp_path / "log.jsonl"
+    before = b'{"step": 1}\n' + line + b'\n{"step": 5}\n'
+    log.write_bytes(before)
+    gan.cut_log(log, 4)
+    assert log.read_text() == '{"step": 1}\n'
+    assert (tmp_path / "log-odd.jsonl").read_bytes() == before
+    assert "log-odd.jsonl keeps them" in capsys.readouterr().out
+
+
+def test_cut_log_says_nothing_of_a_log_of_rows(tmp_path, capsys):
+    """By hand."""
+    gan.cut_log(tmp_path / "log.jsonl", 4)
+    gan.append_row(tmp_path / "log.jsonl", {"step": 1})
+    gan.cut_log(tmp_path / "log.jsonl", 4)
+    assert gan.read_rows(tmp_path / "log.jsonl") == [{"step": 1}]
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
 def test_open_run_draws_the_images_as_d_sees_them(run):
     """By hand: the first batch of 8 in a row."""
     assert Image.open(run / "real.png").size == (8 * 18 + 2, 18 + 2)
@@ -2264,6 +2298,22 @@ def test_train_writes_as_often_as_the_last_test_fails(undisturbed, tmp_path, mon
         monkeypatch.setattr(place, name, counted)
     gan.train(replace(config, runs=str(tmp_path)))
     assert sorted(calls) == sorted(name for _, name, _ in WRITES)
+
+
+def test_train_makes_a_folder_that_vanished_anew(config, capsys):
+    """The definition: config.json, the log from there on, and a checkpoint that can be resumed; a line says so."""
+
+    class Vandal(gan.GAN):
+        def after_log(self, run, record):
+            if self.steps == 2:
+                shutil.rmtree(run)
+
+    run = gan.train(replace(config, log_every=1, steps=6, sample_every=100), model=Vandal)
+    assert "has gone: it is made anew" in capsys.readouterr().out
+    assert [row["step"] for row in gan.read_rows(run / "log.jsonl")] == [3, 4, 5, 6]
+    assert gan.find_run(run) == run
+    assert json.loads((run / "config.json").read_text())["steps"] == 6
+    gan.train(replace(config, steps=7), run)
 
 
 def test_train_writes_values_of_foreign_types(folder, tmp_path):
@@ -2826,8 +2876,8 @@ BAD_INPUT = """
     train --data mnist --data-dir nowhere | mnist
     train --z-dim 999999999 --device cpu | z_dim
     train --width 999999999 --device cpu | width
-    train --data ~nobody/x --device cpu | ~nobody/x
-    sample --run ~nobody/x | ~nobody/x
+    train --data ~no-such-user/x --device cpu | ~no-such-user/x
+    sample --run ~no-such-user/x | ~no-such-user/x
     train --runs /dev/null/x | /dev/null/x
     train --los ns | --los
     train --resume nowhere | no run 'nowhere'
@@ -4099,6 +4149,26 @@ def test_run_notes_dark_images(score, tmp_path):
     """By hand."""
     dark = bmp_folder(tmp_path / "dark", 10)
     assert "dark images, most from 0 to 10" in score(dark, dark)["notes"][-1]
+
+
+def test_run_notes_the_pages_and_runs_that_are_left_out(score, tmp_path):
+    """By hand: three pages behind a first one, and a run with a picture."""
+    picture_folder(tmp_path / "a")
+    pages = [Image.new("L", (16, 16), shade) for shade in (9, 80, 120, 200)]
+    pages[0].save(tmp_path / "a" / "stack.tif", save_all=True, append_images=pages[1:])
+    bmp_folder(tmp_path / "run", 200)
+    for name in ("config.json", "checkpoint.pt"):
+        (tmp_path / "run" / name).write_text("{}")
+    notes = score(tmp_path, tmp_path)["notes"]
+    assert f"{tmp_path}: left out 3 pages, since the first of a file stands for it" in notes
+    assert f"{tmp_path}: left out the runs run" in notes
+
+
+def test_main_knows_the_home_of_the_user(tmp_path, monkeypatch, capsys):
+    """The shell's convention, which it does not apply behind an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert metrics.main(["~/real", "~/fake"]) == 2
+    assert f"{tmp_path}/real is neither" in capsys.readouterr().err
 
 
 COMMAND_ERRORS = """
