@@ -169,8 +169,8 @@ def make_page(run, trunc, title, ort, cdn, out):
     G, config = gan.load_generator(gan.find_run(run))
     logging.disable()  # torch's exporter tells of its steps
 
-    program = write_program(G)
     standing = [gan.standing_generator(G, t) for t in truncs]
+    program = write_program(G)
     error = max(check_program(program, G) for G in standing)
     moments = torch.stack([statistics(G) for G in standing])
     parts = {
