@@ -183,7 +183,7 @@ def make_page(run, trunc, title, ort, cdn, out):
     }
     text = fill(TEMPLATE.read_text(encoding="utf-8"), parts)
     gan.write_text(out, text)
-    gan.say(f"wrote {out}, {len(text) / 1e6:.1f} MB: its pictures are G's to {error} of 255 levels")
+    gan.say(f"wrote {out}, {len(text) / 1000:,.0f} kB: its pictures are G's to {error} of 255 levels")
 
 
 def main(argv=None):
