@@ -36,7 +36,6 @@ def write_onnx(G, example, dims):
         dynamo=True,
         dynamic_shapes=dims,
         verbose=False,
-        input_names=["z", "y"][: len(example)],
         output_names=["images"],
     )
     return program.model_proto.SerializeToString()
@@ -58,7 +57,8 @@ def load_onnx(data):
     session = onnxruntime.InferenceSession(data)
 
     def run(*inputs):
-        arrays = dict(zip("zy", map(np.asarray, inputs)))
+        names = [given.name for given in session.get_inputs()]
+        arrays = dict(zip(names, map(np.asarray, inputs), strict=True))
         return torch.from_numpy(session.run(None, arrays)[0])
 
     return run
