@@ -6,11 +6,12 @@
 
 A sample's ratio is its distance to the nearest training image over the distance from there to the next training image.
 Two shares are printed: of samples with a ratio below 1 (one minus the authenticity of arXiv 2102.08921), and below 1/2.
-Both are 1 if every sample is a copy. New real images have a share below 1 of about 1/2 in theory: in many dimensions,
-half of all points are the nearest neighbour of their own nearest neighbour (in one dimension 2/3). In practice it is
-less, since some images are nearest to many, and so it is measured: each training image in turn is left out and stands
-for a sample. A share of samples well above that of real images tells of copies. One below does not tell of quality:
-noise has a share of 0. A copy of an image that the set holds twice is not found.
+Both are near 1 if every sample is a copy. New real images have a share below 1 of about 1/2 in theory: in many
+dimensions, half of all points are the nearest neighbour of their own nearest neighbour (2/3 in one dimension). In
+practice it is less, since some images are nearest to many, and so it is measured: each training image in turn is left
+out and stands for a sample. A share of samples above that of real images tells of copies; one below it tells nothing
+good, since noise has a share of 0. A ratio below 1/2 is hardly chance: such samples are copies, and such real images
+are pictures that the set holds twice. Copies of these are not found.
 
 Where the run mirrored its images, mirror images count as well, except that no image is compared with its own.
 Takes `run_command` and `save_figure` from report.py.

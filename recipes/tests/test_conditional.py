@@ -104,6 +104,7 @@ def test_study_trains_nothing_that_is_there(study, tmp_path):
 
 
 def test_study_goes_on_with_a_run_that_was_stopped(study, tmp_path, monkeypatch, refusal):
+    """By the log of two steps, after the first of which the run was stopped."""
     flags = ["--out", str(tmp_path), "--steps", "2", "--variants", "ns, plain D"]
     study = replace(study, flags=f"{FLAGS} --log-every 1 --save-minutes 1e-9")
     with monkeypatch.context() as patch:
@@ -116,6 +117,7 @@ def test_study_goes_on_with_a_run_that_was_stopped(study, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("change", [{"flags": f"{FLAGS} --lr-D 0.001"}, {"data": "usps"}], ids=["flags", "data"])
 def test_study_refuses_what_was_begun_otherwise(study, change, tmp_path, refusal):
+    """By the message, and the table that stays."""
     table = run_study(study, tmp_path, "--steps", "1", "--variants", "ns, plain D")
     changed = replace(study, **change)
     said = refusal(changed.main, ["--out", str(tmp_path), "--steps", "1"])

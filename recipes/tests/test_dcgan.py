@@ -186,6 +186,7 @@ def test_study_scales_the_steps_of_a_variant(tmp_path, study, extractor):
 
 
 def test_variants_all_differ():
+    """By the configs that their flags make."""
     configs = map(dcgan.STUDY.config, dcgan.VARIANTS)
     assert len(set(map(repr, configs))) == len(dcgan.VARIANTS)
 

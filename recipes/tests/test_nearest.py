@@ -82,6 +82,7 @@ def test_new_points_have_the_share_of_mutual_neighbours(dims, share):
 
 
 def test_count_shares_counts():
+    """By hand; 1 is not below 1."""
     shares = nearest.count_shares(torch.tensor([0.2, 0.7, 1.0, 3.0]))
     assert shares == {"below_1": 0.5, "below_half": 0.25}
 
@@ -95,6 +96,7 @@ def test_describe_averages_colours():
 
 
 def test_describe_asks_the_network(tmp_path):
+    """By means of the colours, which the network computes too."""
     images = pictures(3, 3, 16, 16)
     network = metrics.Extractor(lambda x: x.mean(dim=(2, 3)), "means", "0" * 16)
     expected = images.float().mean(dim=(2, 3)) / 255
@@ -103,6 +105,7 @@ def test_describe_asks_the_network(tmp_path):
 
 
 def test_pick_mirrors_the_second_view():
+    """Of three images: number 4 is the mirror image of number 1."""
     images = pictures(3, 1, 2, 2)
     first, second = nearest.pick(images, torch.tensor([2, 4]))
     assert torch.equal(first, images[2])
@@ -110,6 +113,7 @@ def test_pick_mirrors_the_second_view():
 
 
 def test_draw_shows_the_least_ratios_first_and_then_the_samples_in_order():
+    """By the ratios beside the rows; they fall from 3 to 0.1."""
     images = torch.zeros(30, 3, 16, 16, dtype=torch.uint8)
     ratios = torch.arange(30, 0, -1) / 10
     numbers = torch.zeros(30, 4, dtype=torch.int64)
@@ -141,6 +145,7 @@ def test_main_finds_mirrored_copies_where_the_run_mirrored_images(flip, tmp_path
 
 
 def test_main_writes_a_row_and_a_picture(run, tmp_path, capsys):
+    """By the flags, and the 1,360 drawn flowers."""
     out = tmp_path / "x.png"
     nearest.main([str(run), "--n", "5", "--trunc", "0.7", "--seed", "3", "--out", str(out)])
     row = gan.read_rows(run / "nearest.jsonl")[-1]
@@ -153,11 +158,13 @@ def test_main_writes_a_row_and_a_picture(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("flag, value", [("--out", "x.jpg"), ("--trunc", "-1"), ("--extractor", "no.pt2")])
 def test_main_refuses_what_it_cannot_do(run, flag, value, refusal):
+    """By the message, which names the value."""
     said = refusal(nearest.main, [str(run), flag, value])
     assert value in said
 
 
 def test_main_refuses_fewer_images_than_it_draws(run, tmp_path, refusal):
+    """By the message: each sample is drawn beside four others."""
     for i, image in enumerate(pictures(4, 3, 16, 16)):
         gan.write_picture(tmp_path / f"{i}.png", image)
     said = refusal(nearest.main, [str(run), "--data", str(tmp_path)])

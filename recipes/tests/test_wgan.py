@@ -75,6 +75,7 @@ def test_critic_can_end_in_a_sigmoid():
 
 
 def test_variants_all_differ():
+    """By the configs that their flags make."""
     configs = map(wgan.STUDY.config, wgan.VARIANTS)
     assert len(set(map(repr, configs))) == len(wgan.VARIANTS)
 
