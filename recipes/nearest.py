@@ -10,8 +10,9 @@ Both are near 1 if every sample is a copy. New real images have a share below 1 
 dimensions, half of all points are the nearest neighbour of their own nearest neighbour (2/3 in one dimension). In
 practice it is less, since some images are nearest to many, and so it is measured: each training image in turn is left
 out and stands for a sample. A share of samples above that of real images tells of copies; one below it tells nothing
-good, since noise has a share of 0. A ratio below 1/2 is hardly chance: such samples are copies, and such real images
-are pictures that the set holds twice. Copies of these are not found.
+good, since noise has a share of 0. A ratio below 1/2 is seldom chance, and the picture shows what it is: a copy, or a
+sample near an image that is unlike all others. Such real images are mostly pictures that the set holds twice; copies of
+these are not found.
 
 Where the run mirrored its images, mirror images count as well, except that no image is compared with its own.
 Takes `run_command` and `save_figure` from report.py.
