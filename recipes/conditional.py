@@ -9,7 +9,7 @@ for which class, and nothing asks for the right one. A D that sees the pair (x, 
 was due, so G has to match p(x|y) for each y, no longer only their mixture p(x).
 MNIST, 1,000 steps, three seeds: 13 to 14% of the samples show their class without y in D, 97% with it, as of the real
 images, under minimax and ns alike. D's loss is the same in all. A run takes 75 s of one core of a Xeon (torch 2.14.1).
-Takes `Study` from report.py.
+Takes `Study` from digits.py and `read_log` from report.py.
 """
 
 import sys
@@ -20,6 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import digits
 import gan
 import report
 
@@ -75,15 +76,17 @@ def draw(model, runs):
 
 
 VARIANTS = {
-    "minimax, plain D": {"loss": "minimax", "plain_d": True},
-    "ns, plain D": {"loss": "ns", "plain_d": True},
-    "minimax, conditional D": {"loss": "minimax"},
-    "ns, conditional D": {"loss": "ns"},
+    "minimax, plain D": "minimax --plain-d",
+    "ns, plain D": "ns --plain-d",
+    "minimax, conditional D": "minimax",
+    "ns, conditional D": "ns",
 }
-STUDY = report.Study(
+STUDY = digits.Study(
     name="conditional",
     model=Conditional,
-    setting=Config(data="mnist", cond=True, size=16, width=16, steps=1000, sample_every=1000),
+    data="mnist",
+    steps=1000,
+    flags="--cond --size 16 --width 16 --sample-every 1000",
     variants=VARIANTS,
     columns={"right digit %": 1, "commonest digit %": 1},
     score=shown,

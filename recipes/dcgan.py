@@ -8,7 +8,7 @@ The defaults are the paper's, but for batches of 64, normal z and averaged weigh
 is a one-hot vector beside z and one-hot planes beside the image. --size can be any power of two from 16 to 512.
 MNIST, 600 steps, ngf = ndf = 16, 3 seeds: FD(digits) is 338 ± 66; 1063 ± 132 with ndf = 64, whose D wins; 179 ± 11 with
 ngf = 64; 66 ± 16 at learning rates of 2e-2. The study of ten settings takes 6 minutes a seed of one core of an Intel
-Xeon (torch 2.14.1). Takes `Study` from report.py.
+Xeon (torch 2.14.1). Takes `Study` from digits.py.
 """
 
 import itertools
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import digits
 import gan
-import report
 
 
 class Generator(nn.Module):
@@ -122,25 +122,27 @@ class DCGAN(gan.GAN):
 
 # ---- The study: a small base, and one change at a time
 VARIANTS = {
-    "base": {},
-    "ngf 64": {"ngf": 64, "width": 64},
-    "ndf 64": {"ndf": 64},
-    "nz 10": {"z_dim": 10},
-    "nz 1000": {"z_dim": 1000},
-    "torch's first weights": {"init": "torch"},
-    "4 times the steps": {"steps": 2400},
-    "with classes": {"cond": True},
-    "learning rates 0.02": {"lr_G": 2e-2, "lr_D": 2e-2},
-    "learning rates 0.000002": {"lr_G": 2e-6, "lr_D": 2e-6},
+    "base": "rpgan",
+    "ngf 64": "rpgan --ngf 64",
+    "ndf 64": "rpgan --ndf 64",
+    "nz 10": "rpgan --z-dim 10",
+    "nz 1000": "rpgan --z-dim 1000",
+    "torch's first weights": "rpgan --init torch",
+    "4 times the steps": "rpgan --steps 2400",
+    "with classes": "rpgan --cond",
+    "learning rates 0.02": "rpgan --lr-G 0.02 --lr-D 0.02",
+    "learning rates 0.000002": "rpgan --lr-G 0.000002 --lr-D 0.000002",
 }
-STUDY = report.Study(
+STUDY = digits.Study(
     name="dcgan",
     model=DCGAN,
-    setting=Config(loss="rpgan", data="mnist", size=32, ngf=16, ndf=16, steps=600),
+    data="mnist",
+    steps=600,
+    flags="--size 32 --ngf 16 --ndf 16",
     variants=VARIANTS,
     columns={"entropy of the digits, bits": 2},
-    score=lambda logits, due: (report.entropy(logits),),
-    draw=report.draw_strips,
+    score=lambda logits, due: (digits.entropy(logits),),
+    draw=digits.draw_strips,
 )
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 Hidden pixels of 100 unseen digits, pepper, rows and square: 25.3, 25.5 and 15.1 dB; by the nearest visible pixel 17.7,
 18.3 and 8.4; fitted with the mask as if part of the picture 16.6, 14.8 and 8.3. 7 minutes of a core of an AMD EPYC.
 The method is that of arXiv 1607.07539. All starts of all pictures descend in one batch; each picture keeps its best.
-Takes `load_test_set` from classifier.py, `run_command` and `check_reader` from report.py.
+Takes `load_test_set` from classifier.py, `check_reader` from digits.py and `run_command` from report.py.
 """
 
 import sys
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import classifier
+import digits
 import gan
 import metrics
 import report
@@ -171,7 +172,7 @@ def study(run, data, n, starts, steps, extractor, seed, out):
         raise gan.UserError(f"--starts {starts}: give one for each of the {G.num_classes} classes, or more")
     images = load_unseen(config, data)
     if network:
-        report.check_reader(network, extractor, images)
+        digits.check_reader(network, extractor, images)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(images), generator=generator)[:n]
     x = gan.to_float(images[chosen])

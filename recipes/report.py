@@ -5,8 +5,6 @@
 
 Runs that differ in nothing but the seed share a row of the table; each network that has scored them has a table of its
 own. The page is complete in itself.
-
-`Study` is the command that wgan.py, conditional.py, dcgan.py and unrolled.py share.
 """
 
 import base64
@@ -15,21 +13,19 @@ import io
 import math
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from torchvision.transforms.functional import InterpolationMode, resize, to_pil_image
+from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gan
 import metrics
-from study import markdown, mean_and_spread, plain, positive, run_name, score_names, show_trunc, table
+from study import plain, run_name, score_names, show_trunc, table
 
 SPREAD = "Mean ± standard deviation over seeds."
 TESTED = "Differences are paired by seed. Student's t at 95% decides what they settle, and errs once in twenty times."
@@ -257,116 +253,7 @@ def group_runs(runs):
     return variants, rows
 
 
-# ---- Studies of other recipes: variants of a model, judged by a network that reads digits
-@dataclass
-class Study:
-    """The command `NAME.py study`: trains variants of a model from several seeds and has a network read their samples.
-
-    Writes study.md, with scores of the real images and of each variant, and study.png. It trains in this process, since
-    a model is a class; study.py trains by the commands of gan.py.
-    """
-
-    name: str  # of the recipe
-    model: type  # a kind of gan.GAN
-    setting: gan.Config  # of all runs, unless a variant changes it
-    variants: dict  # {title: changes of the setting}
-    columns: dict  # {head: decimals} of the numbers that score returns; the table has FD before them
-    score: Callable  # (logits[n,10], due[n]) -> numbers, for n samples of the classes due, or of no class
-    draw: Callable  # (model, {title: folders of runs}) -> figure
-    reader: str = "digits.pt2"  # of classifier.py
-    n: int = 5000  # samples of each run, and real images
-
-    def main(self, argv):
-        """Runs the command, with these flags."""
-        run_command(self.compare, self.make_parser(), argv)
-
-    def make_parser(self):
-        parser = gan.Parser(prog=f"{self.name}.py study", description="Trains variants, scores and draws them.")
-        add = parser.add_argument
-        out = Path("runs", self.name)
-        steps = self.setting.steps
-        quoted = ", ".join(f'"{title}"' for title in self.variants).replace("%", "%%")
-        titles = {"nargs": "+", "choices": self.variants, "default": list(self.variants), "metavar": "TITLE"}
-        add("--variants", help=f"what the table and the picture compare (all: {quoted})", **titles)
-        add("--seeds", type=positive, nargs="+", default=[1], help="runs of all variants, or of each (1)")
-        add("--steps", type=count, default=steps, help=f"of a run ({steps}); variants of more or less are scaled")
-        add("--data-dir", default="data", help=f"where {self.setting.data} lies or is downloaded to (data)")
-        add("--extractor", default=self.reader, help=f"program of classifier.py ({self.reader})")
-        add("--out", type=Path, default=out, help=f"folder of runs and results ({out})")
-        return parser
-
-    def compare(self, seeds, steps, data_dir, extractor, variants, out):
-        """Trains the runs that the folder `out` lacks, and makes the table and the picture."""
-        variants = list(dict.fromkeys(variants))
-        if len(seeds) not in (1, len(variants)):
-            raise gan.UserError("--seeds takes a number for all variants or one for each")
-        network = metrics.load_extractor(extractor)
-        setting = replace(gan.resolve(self.setting), steps=steps, data_dir=data_dir)
-        images, labels, _ = gan.load_images(setting.data, setting.size, setting.channels, data_dir)
-        check_reader(network, extractor, enlarge(images[:1]))
-        real = metrics.measure_cached(network, enlarge(images), gan.cache_folder()).stats
-
-        lines = [["", "runs", f"FD({network.name})", *self.columns]]
-        scores = [self.measure(network, real, images[: self.n], labels[: self.n])]
-        lines.append(self.line("real images", scores))
-        runs = {}
-        try:
-            for title, number in zip(variants, seeds * len(variants)):
-                runs_of_title = self.train(title, number, setting, out)
-                scores = [self.measure(network, real, *self.samples(run)) for run in runs_of_title]
-                lines.append(self.line(title, scores))
-                gan.write_text(out / "study.md", f"{markdown(lines)}\n")
-                runs[title] = runs_of_title
-        finally:  # so that a study that is stopped shows what it has
-            if runs:
-                save_figure(self.draw(self.model, runs), out / "study.png")
-
-    def train(self, title, number, setting, out):
-        """Makes or finishes so many runs of a variant; returns their folders."""
-        change = {"steps": self.setting.steps, **self.variants[title]}
-        change["steps"] = max(1, change["steps"] * setting.steps // self.setting.steps)
-        runs = [out / f"{run_name(title)}-seed{seed}" for seed in range(number)]
-        for seed, run in enumerate(runs):
-            finish_run(run, replace(setting, **change, seed=seed), self.model)
-        return runs
-
-    def samples(self, run):
-        """Draws from a run's G: images [n,C,S,S], and the classes [n] they are to show, each in turn."""
-        G, _ = gan.load_generator(run, model=self.model)
-        classes = range(G.num_classes) or None
-        return gan.generate(G, self.n, classes), gan.choose_classes(G, self.n, classes)
-
-    def measure(self, network, real, images, due):
-        """Scores images [n,C,S,S] of the classes due [n]: the distance to statistics real, then `score`."""
-        answers = [network(part) for part in enlarge(images).split(network.batch)]
-        features = torch.cat([feature for feature, _ in answers])
-        logits = torch.cat([logit for _, logit in answers])
-        return [metrics.frechet_distance(real, features), *self.score(logits, due)]
-
-    def line(self, title, scores):
-        """Makes and prints a line of the table of scores [[FD, ...]], one per run."""
-        cells = map(mean_and_spread, zip(*scores, strict=True), (1, *self.columns.values()))
-        line = [title, str(len(scores)), *cells]
-        gan.say(f"| {' | '.join(line)} |")
-        return line
-
-
-def count(text):
-    return gan.whole_number(text, 1)
-
-
-def enlarge(images):
-    """Enlarges uint8 images [n,C,S,S] to the 32 pixels at which the network learned to read."""
-    return resize(images, [32, 32], InterpolationMode.BICUBIC, antialias=True)
-
-
-def check_reader(network, path, images):
-    """Refuses an extractor that does not give ten logits for uint8 images [N,C,S,S]; path names it in the message."""
-    _, logits = network(images[:1])
-    if logits is None or logits.shape[1] != 10:
-        raise gan.UserError(f"{path} does not tell 10 digits apart: make one with classifier.py")
-
-
+# ---- What other recipes take
 def run_command(function, parser, argv=None):
     """Calls a function with the flags of a command line; what the user did wrong ends in one line and exit status 2."""
     args = parser.parse_args(argv)
@@ -379,59 +266,6 @@ def run_command(function, parser, argv=None):
     except (gan.UserError, metrics.UserError, OSError) as error:
         gan.say(f"{name}: error: {error}", sys.stderr)
         sys.exit(2)
-
-
-def finish_run(run, config, model):
-    """Trains a model in the folder run until config.steps, or goes on with a run that was stopped.
-
-    Refuses one that was trained in another way than the resolved config says.
-    """
-    trained = 0
-    if (run / "checkpoint.pt").exists():
-        trained = check_same(run, config, model)
-    if trained < config.steps:
-        gan.train(replace(config, runs=str(run.parent), name=run.name), run if trained else None, model)
-        trained = gan.read_checkpoint(run, model)["steps"]
-    if trained < config.steps:
-        raise gan.UserError(f"{run} was stopped at step {trained}: the same command goes on with it")
-    if trained > config.steps:
-        raise gan.UserError(f"{run} is at step {trained}, beyond {config.steps}: give another --steps or another --out")
-
-
-def check_same(run, config, model):
-    """Refuses a run that was trained in another way than config says; returns its steps."""
-    known = gan.read_checkpoint(run, model)
-    may_differ = {*gan.RESUMABLE, *gan.LOCAL} - {"lr_G", "lr_D"}
-    for f in fields(config):
-        if f.name not in may_differ and getattr(config, f.name) != getattr(known["config"], f.name):
-            raise gan.UserError(f"{run} was trained with another {f.name}: give another --out")
-    return known["steps"]
-
-
-def entropy(logits):
-    """Computes the entropy in bits of what logits [n,K] say is in n images: 0 if always the same, log2 K at most."""
-    shares = logits.argmax(dim=1).bincount() / len(logits)
-    return torch.special.entr(shares).sum().item() / math.log(2)
-
-
-def draw_strips(model, runs, columns=16):
-    """Draws a row of samples for each run of the variants {title: runs}, beside its loss of D; returns the figure."""
-    most = max(map(len, runs.values()))
-    figure = Figure((12, len(runs) * (0.5 + 0.55 * most)), layout="constrained")
-    panels = figure.subplots(len(runs), 2, squeeze=False, sharex="col", width_ratios=(5, 2))
-    for (strip, curves), (title, folders) in zip(panels, runs.items()):
-        rows = []
-        for run in folders:
-            G, _ = gan.load_generator(run, model=model)
-            rows.append(gan.generate(G, columns, range(G.num_classes) or None))
-            log = read_log(run)
-            curves.plot([record["step"] for record in log], [record["loss_D"] for record in log], linewidth=0.7)
-        strip.imshow(gan.tile(torch.cat(rows), columns).permute(1, 2, 0).numpy())
-        strip.set(xticks=[], yticks=[])
-        strip.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
-        curves.tick_params(labelsize=7)
-    panels[0, 1].set_title("loss of D", fontsize=9)
-    return figure
 
 
 def save_figure(figure, path):

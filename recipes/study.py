@@ -9,11 +9,12 @@ A variant is a loss with flags of `gan.py train`; other flags go to every run. -
 and report.html. Run the same command again to continue a study that was stopped, or with more --seeds to
 extend it; finished runs and scores are kept.
 
-The runner, `make_all`, and the table also serve report.py and bench/quality.py.
+The runner, `make_all`, also serves digits.py and bench/quality.py, and the table report.py.
 """
 
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -42,37 +43,46 @@ LOWER_IS_BETTER = ("FID", "FD", "SWD", "KID")
 # ---- Runs
 @dataclass
 class Job:
-    """A run of a study, made by commands of gan.py, and what it is scored against."""
+    """A run of a study, made by commands of its model's program, and what it is scored against."""
 
     variant: str
     seed: int
     run: Path  # its folder
-    flags: list  # of gan.py train, but for the seed and the folder
-    truncs: list
-    data: str  # the images to compare with
-    extractor: str  # as for gan.py eval
+    flags: list  # of train, but for the seed and the folder
+    truncs: list | tuple = ()  # to score; none: the caller scores the run
+    data: str | None = None  # the images to compare with
+    extractor: str = "inception"  # as for eval
     n: int | None = None  # samples; as many as images
     device: str = "auto"
     threads: int = 1
+    model: type = gan.GAN  # whose file trains it
 
     def make(self):
         """Trains and scores what is missing."""
-        if not is_trained(self.run):
+        if not self.is_trained():
             self.train()
         missing = [trunc for trunc in self.truncs if trunc not in self.scores()]
         if missing:
             flags = ["--data", self.data, "--extractor", self.extractor, "--device", self.device]
             if self.n:
                 flags += ["--n", self.n]
-            run_gan(self.threads, "eval", "--run", self.run, *flags, "--trunc", *map(show_trunc, missing))
+            self.call("eval", "--run", self.run, *flags, "--trunc", *map(show_trunc, missing))
 
     def train(self):
         flags = ["--resume", self.run]
         if not (self.run / "checkpoint.pt").exists():
             flags = [*self.flags, "--seed", self.seed, "--runs", self.run.parent, "--name", self.run.name]
-        run_gan(self.threads, "train", *flags)
-        if not is_trained(self.run):
+        self.call("train", *flags)
+        if not self.is_trained():
             raise gan.UserError(f"{self.run} was stopped; run the same command to continue")
+
+    def call(self, *argv):
+        run_gan(self.threads, *argv, model=self.model)
+
+    def is_trained(self):
+        path = self.run / "checkpoint.pt"
+        step, steps = progress(self.run)
+        return path.exists() and step > 0 and gan.read_checkpoint(path, self.model)["steps"] >= steps
 
     def scores(self):
         """Reads the scores that the run has, as `make` makes them: {trunc: row}."""
@@ -149,22 +159,23 @@ def progress(run):
     return last["step"], config["steps"] or max(1, round(round(config["epochs"] * per_epoch, 6)))
 
 
-def is_trained(run):
-    path = run / "checkpoint.pt"
-    step, steps = progress(run)
-    return path.exists() and step > 0 and gan.read_checkpoint(path)["steps"] >= steps
+def threads_of(at_once):
+    """Returns the threads of each of so many runs at a time."""
+    return int(os.environ.get("OMP_NUM_THREADS", max(1, os.cpu_count() // at_once)))
 
 
-def run_gan(threads, *argv):
-    """Runs a command of gan.py in a process, which Ctrl-C reaches too; raises what it says where it fails."""
-    command = [sys.executable, gan.__file__, *map(str, argv)]
+def run_gan(threads, *argv, model=gan.GAN):
+    """Runs a command of a model's file in a process, which Ctrl-C reaches too; raises what it says where it fails."""
+    program = inspect.getfile(model)
+    command = [sys.executable, program, *map(str, argv)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         *before, last = done.stderr.strip().splitlines() or [""]
         for line in before:
             gan.say(line, sys.stderr)
-        raise gan.UserError(f"gan.py {' '.join(command[2:5])} ended with status {done.returncode}: {last}")
+        what = f"{Path(program).name} {' '.join(command[2:5])}"
+        raise gan.UserError(f"{what} ended with status {done.returncode}: {last}")
 
 
 # ---- The table
@@ -356,7 +367,6 @@ def study(args, definition, configs):
 def plan(args, definition, configs):
     """Lists the jobs of a study, variant by variant."""
     counts = args.seeds * len(configs) if len(args.seeds) == 1 else args.seeds
-    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, os.cpu_count() // args.jobs)))
     data = definition["data"]
     return [
         Job(
@@ -368,7 +378,7 @@ def plan(args, definition, configs):
             data=data,
             extractor=args.extractor,
             device=configs[variant].device,
-            threads=threads,
+            threads=threads_of(args.jobs),
         )
         for variant, count in zip(configs, counts)
         for seed in range(count)
@@ -391,13 +401,13 @@ def read_configs(variants, flags, data):
     return configs
 
 
-def read_config(variant, flags, data):
-    args = vars(gan.make_parser(gan.GAN).parse_args(["train", *flags, *to_flags(variant)]))
+def read_config(variant, flags, data, model=gan.GAN):
+    args = vars(gan.make_parser(model).parse_args(["train", *flags, *to_flags(variant)]))
     for name in ("resume", "data", "seed", "runs", "name"):
         if args.get(name) is not None:
             raise gan.UserError(f"--{name} is for the study to give, not for {variant!r} or every run")
-    given = {f.name: args[f.name] for f in fields(gan.Config) if f.name in args}
-    return gan.resolve(gan.Config(**given | {"data": data}))
+    given = {f.name: args[f.name] for f in fields(model.Config) if f.name in args}
+    return gan.resolve(model.Config(**given | {"data": data}))
 
 
 def open_study(out, definition):

@@ -8,7 +8,8 @@
 G then gains nothing by moving all samples to where the present D is wrong, and keeps all modes. Of the 8 Gaussians five
 seeds find 0.6 on average with k = 0, 7.8 with k = 1, and all with k = 5 and k = 10 (4,000 steps; 9.6 minutes of one of
 2 cores of an Intel Xeon, torch 2.14.1). On MNIST three seeds end in noise of one kind with k = 0, and draw many digits,
-though noisy ones, with k = 4 (2,000 steps; 1.9 minutes of an AMD EPYC). Takes `Study` and `run_command` from report.py.
+though noisy ones, with k = 4 (2,000 steps; 1.9 minutes of an AMD EPYC).
+Takes `Study` from digits.py and `run_command` from report.py.
 """
 
 import math
@@ -21,6 +22,7 @@ from torch import nn
 from torch.func import functional_call
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import digits
 import gan
 import report
 
@@ -29,6 +31,7 @@ import report
 class Config(gan.Config):
     unroll: int = gan.option(5, "steps of D that G looks ahead; 0: a plain GAN", lambda k: 0 <= k < 1e9)
     second_order: bool = gan.option(True, "let G's gradient flow through these steps, as in the paper")
+    plain: bool = gan.option(False, "small perceptrons in place of convolutional networks; --width is theirs")
 
     def __post_init__(self):
         if self.compile and self.unroll and self.second_order:
@@ -39,6 +42,17 @@ class Unrolled(gan.GAN):
     """Trains G against the D of some steps later."""
 
     Config = Config
+
+    @staticmethod
+    def networks(config, num_classes):
+        if not config.plain:
+            return gan.GAN.networks(config, num_classes)
+        if num_classes:
+            raise gan.UserError("perceptrons see no classes: leave out --cond")
+        shape = (2,) if config.data == "ring" else (config.channels, config.size, config.size)
+        G = Perceptron(config.z_dim, config.width, *shape)
+        D = Perceptron(math.prod(shape), config.width)
+        return G, D
 
     def update_G(self, real, fake, y, real_logits):
         """Takes one step of G as GAN.update_G does, but against the D of config.unroll steps later."""
@@ -109,20 +123,10 @@ class Perceptron(nn.Sequential):
         return x if self.training else x.clamp(-1, 1)  # to be shown; with a tanh, k = 4 drew one image for all z
 
 
-class Plain(Unrolled):
-    """Trains perceptrons in place of convolutional networks."""
-
-    @staticmethod
-    def networks(config, num_classes):
-        shape = (2,) if config.data == "ring" else (config.channels, config.size, config.size)
-        G = Perceptron(config.z_dim, config.width, *shape)
-        D = Perceptron(math.prod(shape), config.width)
-        return G, D
-
-
 # D learns more slowly than G, so that without a look-ahead G outruns it. A half-life of one image makes the averaged G
 # the present one; an average would blend the modes that G visits in turn.
 PLAIN = {
+    "plain": True,
     "lr_G": 1e-3,
     "lr_D": 3e-4,
     "beta1": 0.5,
@@ -151,7 +155,7 @@ def points(config):
 
 def train_on_ring(config, n=10_000, moments=6):
     """Trains a GAN on the ring; returns n samples of G after each sixth of the steps, [moments,n,2]."""
-    model = Plain(config)
+    model = Unrolled(config)
     batches = points(config)
     z = torch.randn(n, config.z_dim, generator=torch.Generator().manual_seed(0))
     due = [config.steps * i // moments for i in range(1, moments + 1)]
@@ -206,23 +210,20 @@ def ring_command(argv):
 
 
 # ---- MNIST
-DIGITS = {
-    "data": "mnist",
-    "size": 16,
-    "loss": "minimax",
-    "width": 128,
-    "z_dim": 64,
-    "steps": 2000,
-    "sample_every": 1000,
-}
-STUDY = report.Study(
+DIGITS = (  # what PLAIN says, but without momentum, with which one seed of three collapsed
+    "--plain --lr-G 0.001 --lr-D 0.0003 --beta1 0 --beta2 0.999 --augment none --amp off --device cpu --ema-images 1 "
+    "--loss minimax --size 16 --width 128 --z-dim 64 --sample-every 1000"
+)
+STUDY = digits.Study(
     name="unrolled",
-    model=Plain,
-    setting=Config(**PLAIN | DIGITS | {"beta1": 0.0}),  # with momentum one seed of three collapsed
-    variants={"k = 0": {"unroll": 0}, "k = 4": {"unroll": 4}},
+    model=Unrolled,
+    data="mnist",
+    steps=2000,
+    flags=DIGITS,
+    variants={"k = 0": "--unroll 0", "k = 4": "--unroll 4"},
     columns={"entropy of the digits, bits": 2},
-    score=lambda logits, due: (report.entropy(logits),),
-    draw=report.draw_strips,
+    score=lambda logits, due: (digits.entropy(logits),),
+    draw=digits.draw_strips,
 )
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ RECIPES = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(RECIPES), str(RECIPES.parent)]
 import gan
 import metrics
+import study
 
 
 @pytest.fixture
@@ -37,3 +38,13 @@ def put_reader(monkeypatch, tmp_path):
         monkeypatch.setattr(gan, "cache_folder", lambda: tmp_path / "cache")
 
     return put
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Lets the runner of studies train in this process, in place of starting a program for each run."""
+
+    def run_gan(threads, *argv, model):
+        gan.main([*map(str, argv)], model)
+
+    monkeypatch.setattr(study, "run_gan", run_gan)

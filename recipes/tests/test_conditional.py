@@ -43,7 +43,7 @@ def test_shown_averages_the_right_and_the_commonest_over_the_classes():
 # ---- The study, with a network in place of the digit reader that takes ten pixels as logits
 IMAGES = torch.randint(256, (128, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(128) % 10
-SETTING = replace(conditional.STUDY.setting, **TOY)
+FLAGS = "--cond --size 16 --width 4 --max-width 8 --z-dim 8 --batch 8 --device cpu --amp off"
 
 
 def read(x):
@@ -51,11 +51,11 @@ def read(x):
 
 
 @pytest.fixture
-def study(monkeypatch, put_reader):
+def study(monkeypatch, put_reader, in_process):
     put_reader(read)
     monkeypatch.setattr(gan, "load_images", lambda *_: (IMAGES, LABELS, list("0123456789")))
     variants = {name: conditional.VARIANTS[name] for name in ("ns, plain D", "ns, conditional D")}
-    return replace(conditional.STUDY, setting=SETTING, variants=variants, n=40)
+    return replace(conditional.STUDY, flags=FLAGS, variants=variants, n=40)
 
 
 def run_study(study, out, *flags):
@@ -103,29 +103,26 @@ def test_study_trains_nothing_that_is_there(study, tmp_path):
     assert times(tmp_path) == before
 
 
-@pytest.fixture
-def trained(study, tmp_path):
-    """The study's folder after two steps of a variant, the second of which went on from the first."""
-    run_study(study, tmp_path, "--steps", "1", "--variants", "ns, plain D")
-    run_study(study, tmp_path, "--steps", "2", "--variants", "ns, plain D")
-    return tmp_path
+def test_study_goes_on_with_a_run_that_was_stopped(study, tmp_path, monkeypatch, refusal):
+    """By the log of two steps, after the first of which the run was stopped."""
+    flags = ["--out", str(tmp_path), "--steps", "2", "--variants", "ns, plain D"]
+    study = replace(study, flags=f"{FLAGS} --log-every 1 --save-minutes 1e-9")
+    with monkeypatch.context() as patch:
+        patch.setattr(conditional.Conditional, "after_save", lambda *_: True)  # which ends the run
+        assert "was stopped" in refusal(study.main, flags)
+    study.main(flags)
+    rows = gan.read_rows(tmp_path / "ns-plain-D-seed0" / "log.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
 
 
-def test_study_goes_on_with_a_run(trained):
-    assert gan.read_checkpoint(trained / "ns-plain-D-seed0", conditional.Conditional)["steps"] == 2
-
-
-def test_study_refuses_fewer_steps(study, trained, refusal):
-    argv = ["--out", str(trained), "--steps", "1"]
-    assert "is at step 2, beyond 1" in refusal(study.main, argv)
-
-
-def test_study_refuses_another_setting(study, trained, refusal):
-    table = (trained / "study.md").read_text()
-    changed = replace(study, setting=replace(SETTING, lr_D=1e-3))
-    argv = ["--out", str(trained), "--steps", "2"]
-    assert "trained with another lr_D: give another --out" in refusal(changed.main, argv)
-    assert (trained / "study.md").read_text() == table
+@pytest.mark.parametrize("change", [{"flags": f"{FLAGS} --lr-D 0.001"}, {"data": "usps"}], ids=["flags", "data"])
+def test_study_refuses_what_was_begun_otherwise(study, change, tmp_path, refusal):
+    """By the message, and the table that stays."""
+    table = run_study(study, tmp_path, "--steps", "1", "--variants", "ns, plain D")
+    changed = replace(study, **change)
+    said = refusal(changed.main, ["--out", str(tmp_path), "--steps", "1"])
+    assert f"is a study with other {', '.join(change)}: give another --out" in said
+    assert (tmp_path / "study.md").read_text() == table
 
 
 def test_study_refuses_a_network_without_digits(study, tmp_path, refusal, put_reader):

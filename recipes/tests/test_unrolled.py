@@ -102,7 +102,7 @@ def test_look_ahead_moves_D():
 def ring_model():
     """A GAN of perceptrons in float64 after a step, real points and z."""
     options = unrolled.PLAIN | {"data": "ring", "loss": "minimax", "width": 8, "z_dim": 4, "lr_D": 0.02}
-    model = unrolled.Plain(unrolled.Config(**options, batch=16, unroll=3))
+    model = unrolled.Unrolled(unrolled.Config(**options, batch=16, unroll=3))
     real, y = next(unrolled.points(model.config))
     model.train_step(iter([(real, y)]))
     model.G.double()
@@ -164,6 +164,12 @@ def test_main_trains_on_images(tmp_path, k):
     gan.main(["train", *flags.split(), "--device", "cpu", "--runs", str(tmp_path)], model=unrolled.Unrolled)
     content = gan.read_checkpoint(gan.find_run(None, tmp_path), unrolled.Unrolled)
     assert (content["config"].unroll, content["steps"]) == (k, 2)
+
+
+def test_networks_refuse_perceptrons_of_classes(tmp_path, refusal):
+    """By the message: a perceptron sees no class."""
+    argv = ["train", "--plain", "--cond", "--runs", str(tmp_path)]
+    assert "leave out --cond" in refusal(gan.main, argv, unrolled.Unrolled)
 
 
 def test_config_refuses_second_derivatives_of_compiled_networks():
@@ -239,11 +245,12 @@ def test_ring_refuses_what_it_cannot_do(flag, value, refusal):
 
 # ---- MNIST
 @pytest.fixture
-def study(put_reader, tmp_path):
+def study(put_reader, tmp_path, in_process):
     """Makes the study of a reader that reads 0, 1, 2, 3, 0, ...; returns its folder."""
     put_reader(lambda x: (x.mean(dim=(2, 3)), torch.eye(10)[torch.arange(len(x)) % 4]))
-    setting = replace(unrolled.STUDY.setting, data="synthetic", channels=1, width=8)
-    replace(unrolled.STUDY, setting=setting, n=40).main(["--steps", "3", "--out", str(tmp_path)])
+    flags = f"{unrolled.STUDY.flags} --channels 1 --width 8"
+    small = replace(unrolled.STUDY, data="synthetic", flags=flags, n=40)
+    small.main(["--steps", "3", "--out", str(tmp_path)])
     return tmp_path
 
 
@@ -256,7 +263,7 @@ def test_study_measures_the_entropy(study):
 def test_study_draws_by_the_last_generator(study):
     """The average of the weights has a half-life of one image, so that it is G itself."""
     for k in (0, 4):
-        content = gan.read_checkpoint(study / f"k-{k}-seed0", unrolled.Plain)
+        content = gan.read_checkpoint(study / f"k-{k}-seed0", unrolled.Unrolled)
         assert (content["config"].unroll, content["steps"]) == (k, 3)
         for name, weight in content["G"].items():
             assert (content["G_ema"][name] - weight).abs().max() < 1e-6
