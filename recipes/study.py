@@ -29,6 +29,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 from torchvision.datasets.utils import download_and_extract_archive
 
@@ -154,9 +155,9 @@ def progress(run):
     if not log:
         return 0, 1
     last = log[-1]
-    config = json.loads((run / "config.json").read_text())
-    per_epoch = last["step"] / last["epoch"]
-    return last["step"], config["steps"] or max(1, round(round(config["epochs"] * per_epoch, 6)))
+    config = SimpleNamespace(**json.loads((run / "config.json").read_text()))
+    per_epoch = round(last["step"] / last["epoch"], 6)
+    return last["step"], gan.planned_steps(config, per_epoch)
 
 
 def threads_of(at_once):

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import gan
 import unrolled
@@ -223,7 +225,7 @@ def test_train_on_ring_shows_six_moments():
 def picture(tmp_path_factory):
     out = tmp_path_factory.mktemp("ring") / "ring.png"
     unrolled.ring_command(["--seeds", "1", "--steps", "6", "--out", str(out)])
-    return gan.read_image(out)
+    return pil_to_tensor(Image.open(out))
 
 
 def test_ring_prints_a_row_for_each_k(tmp_path, capsys):
