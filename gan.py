@@ -34,8 +34,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import get_args
 
-os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # threads that wait soon sleep: 3 times as fast on a busy machine
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -569,6 +567,7 @@ def render(G, z, y, batch=64):
     """Yields the samples of z[n,z_dim] and y[n]: uint8 [<=batch,C,H,W] on the CPU."""
     device = next(G.parameters()).device
     for some_z, some_y in zip(z.split(batch), y.split(batch)):
+        CORES.adapt()
         yield to_uint8(G(some_z.to(device), some_y.to(device))).cpu()
 
 
@@ -757,6 +756,59 @@ class Progress:
         end = "" if self.terminal and not last else "\n"
         with contextlib.suppress(OSError, ValueError):  # a reader that has gone away is no reason to stop
             print(line, end=end, file=sys.stderr, flush=True)
+
+
+class Cores:
+    """Leaves cores to other programs: threads that share one wait for each other, far longer than one alone would work.
+
+    `adapt`, called between pieces of work, drops as many of torch's threads as cores that they waited for, and adds one
+    once a core has been free for a while. Linux alone says how long threads wait; elsewhere it does nothing.
+    """
+
+    def __init__(self):
+        self.active = False  # the commands turn it on; a program that imports this file keeps its threads
+        self.most = torch.get_num_threads()
+        self.free = 0  # how often in a row a core was free
+        self.start()
+
+    def start(self):
+        self.began = time.monotonic()
+        self.waited = seconds_waited()
+
+    def adapt(self):
+        elapsed = time.monotonic() - self.began
+        if not self.active or elapsed < 2:
+            return
+        threads = torch.get_num_threads()
+        missing = (seconds_waited() - self.waited) / elapsed  # cores
+        if missing > 0.25 and threads > 1:
+            self.use(max(1, threads - math.ceil(missing)))
+        elif threads < self.most:
+            self.free = self.free + 1 if threads + threads_ready() < self.most else 0
+            if self.free == 3:
+                self.use(threads + 1)
+        self.start()
+
+    def use(self, threads):
+        torch.set_num_threads(threads)
+        self.free = 0
+        with contextlib.suppress(OSError, ValueError):  # a reader that has gone away is no reason to stop
+            print(f"{threads} of {self.most} threads, as other programs leave", file=sys.stderr, flush=True)
+
+
+def seconds_waited():
+    """Returns how long the threads of this process have been ready to run without a core, in seconds."""
+    files = Path("/proc/self/task").glob("*/schedstat")
+    return sum(int(file.read_text().split()[1]) for file in files) / 1e9
+
+
+def threads_ready():
+    """Returns how many threads of other programs run or are ready to."""
+    time.sleep(0.005)  # until the other threads of this process sleep
+    return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1
+
+
+CORES = Cores()
 
 
 # ---- Data
@@ -1318,6 +1370,7 @@ def train(config, resume=None, model=GAN):
         while gan.steps < run.steps and not stopped:
             # Take a step.
             losses.append(gan.train_step(data))
+            CORES.adapt()
             if gan.steps == run.first + 5:
                 forecast(gan, run)
             stopped = any_rank(len(stop) > 0)
@@ -1529,6 +1582,8 @@ def scorer(images, extractor, device):
     """Returns a function that compares batches of samples with the images: (scores, what made them, notes)."""
     import metrics
 
+    metrics.CORES.active = CORES.active
+
     def score(samples):
         fake = metrics.measure(network, samples, progress=metrics.Progress(f"{network.name}, samples"))
         return metrics.compare(real, fake), network.made_by, metrics.notes(real, fake)
@@ -1697,6 +1752,7 @@ def main(argv=None, model=GAN):
             stream.reconfigure(errors="backslashreplace")  # names in a terminal of another encoding
     warnings.simplefilter("ignore")  # of Pillow, NumPy and torch: advice to programmers
     args = make_parser(model).parse_args(argv)
+    CORES.active = "OMP_NUM_THREADS" not in os.environ
     commands = {"train": train_command, "eval": eval_command, "sample": sample_command}
     status = 0
     try:

@@ -448,6 +448,7 @@ def measure(extractor, images, progress=None):
     progress = progress or (lambda done, total: None)
     for batch in batches(images, extractor.batch):
         progress(done, total)
+        CORES.adapt()
         size = size or size_of(batch)
         batch_features, batch_logits = extractor(batch)
         features.append(batch_features.cpu())
@@ -712,7 +713,7 @@ def stretch_rows(x, size=299):
 
 
 # ---- Images and files
-# gan.py and metrics.py each work alone when copied. From here to Progress, both hold the same text.
+# gan.py and metrics.py each work alone when copied. From here to Cores, both hold the same text.
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # for some others Pillow starts a program
 SHEET = "gan.py, a sheet"  # the text in a PNG that shows samples and is no image to learn from
@@ -842,6 +843,59 @@ class Progress:
         end = "" if self.terminal and not last else "\n"
         with contextlib.suppress(OSError, ValueError):  # a reader that has gone away is no reason to stop
             print(line, end=end, file=sys.stderr, flush=True)
+
+
+class Cores:
+    """Leaves cores to other programs: threads that share one wait for each other, far longer than one alone would work.
+
+    `adapt`, called between pieces of work, drops as many of torch's threads as cores that they waited for, and adds one
+    once a core has been free for a while. Linux alone says how long threads wait; elsewhere it does nothing.
+    """
+
+    def __init__(self):
+        self.active = False  # the commands turn it on; a program that imports this file keeps its threads
+        self.most = torch.get_num_threads()
+        self.free = 0  # how often in a row a core was free
+        self.start()
+
+    def start(self):
+        self.began = time.monotonic()
+        self.waited = seconds_waited()
+
+    def adapt(self):
+        elapsed = time.monotonic() - self.began
+        if not self.active or elapsed < 2:
+            return
+        threads = torch.get_num_threads()
+        missing = (seconds_waited() - self.waited) / elapsed  # cores
+        if missing > 0.25 and threads > 1:
+            self.use(max(1, threads - math.ceil(missing)))
+        elif threads < self.most:
+            self.free = self.free + 1 if threads + threads_ready() < self.most else 0
+            if self.free == 3:
+                self.use(threads + 1)
+        self.start()
+
+    def use(self, threads):
+        torch.set_num_threads(threads)
+        self.free = 0
+        with contextlib.suppress(OSError, ValueError):  # a reader that has gone away is no reason to stop
+            print(f"{threads} of {self.most} threads, as other programs leave", file=sys.stderr, flush=True)
+
+
+def seconds_waited():
+    """Returns how long the threads of this process have been ready to run without a core, in seconds."""
+    files = Path("/proc/self/task").glob("*/schedstat")
+    return sum(int(file.read_text().split()[1]) for file in files) / 1e9
+
+
+def threads_ready():
+    """Returns how many threads of other programs run or are ready to."""
+    time.sleep(0.005)  # until the other threads of this process sleep
+    return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1
+
+
+CORES = Cores()
 
 
 # ---- Sets of images
@@ -1079,6 +1133,7 @@ def main(argv=None):
     warnings.simplefilter("ignore")  # of Pillow, NumPy and torch: advice to programmers
     try:
         args = make_parser().parse_args(argv)
+        CORES.active = "OMP_NUM_THREADS" not in os.environ
         result = run(args)
         if args.json:
             print(json.dumps(result, indent=2))

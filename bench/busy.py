@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""How fast the four commands are while other programs use the cores.
+
+    python bench/busy.py --extractor net.pt2       # some twelve minutes on two cores, which must be idle before
+
+Each command runs as it comes and with OMP_NUM_THREADS=1, on the idle machine, beside one busy process and beside one
+per core, which this program starts and ends. The commands in one place take turns. Each time is the least of --turns;
+training counts from its second log line on, the other commands count whole.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUSY = "while True: sum(range(10**6))"
+
+
+@contextlib.contextmanager
+def busy(n):
+    """Keeps n processes at work."""
+    processes = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def environment(threads):
+    """Returns the environment of a command, with OMP_NUM_THREADS where threads are given."""
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return variables | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+
+
+def run(argv, folder, threads):
+    """Runs a command of this project in a folder; returns its output and its seconds."""
+    began = time.monotonic()
+    argv = [sys.executable, ROOT / argv[0], *argv[1:]]
+    done = subprocess.run(argv, cwd=folder, env=environment(threads), capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"busy.py: error: {done.stderr.strip()}")
+    return done.stdout, time.monotonic() - began
+
+
+def seconds_of(argv, folder, threads):
+    """Returns the seconds of a command; of training those per 64 images, without its first lines."""
+    out, seconds = run(argv, folder, threads)
+    if "train" not in argv:
+        return seconds
+    lines = re.findall(r"step (\d+)/\d+ +([\d.]+) images/s", out)
+    first, last = lines[1], lines[-1]
+    spent = [int(step) * 64 / float(rate) for step, rate in (first, last)]
+    return (spent[1] - spent[0]) / (int(last[0]) - int(first[0]))
+
+
+def commands(extractor, steps):
+    """Lists the commands by name; those behind the first need its run."""
+    common = f"--device cpu --log-every {max(1, steps // 6)} --sample-every 1e6"
+    train = f"gan.py train --data synthetic --cond --size 32 --steps {steps} {common} --name"
+    train_64 = f"gan.py train --data synthetic --cond --size 64 --steps {max(6, steps // 4)} {common} --name"
+    return {
+        "gan.py train, 32 px": train.split(),
+        "gan.py train, 64 px": train_64.split(),
+        "gan.py sample --n 2000": "gan.py sample --n 2000 --out samples.npz --run base".split(),
+        "gan.py eval": ["gan.py", "eval", "--run", "base", "--extractor", extractor],
+        "metrics.py": ["metrics.py", "samples.npz", "samples.npz", "--extractor", extractor],
+    }
+
+
+def measure(argv, folder, turns):
+    """Returns the least seconds of a command as it comes and with one thread, in turns."""
+    seconds = {None: [], 1: []}
+    for _ in range(turns):
+        for threads, taken in seconds.items():
+            words = [*argv, f"{os.getpid()}-{time.monotonic_ns()}"] if argv[-1] == "--name" else argv
+            taken.append(seconds_of(words, folder, threads))
+    return min(seconds[None]), min(seconds[1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--extractor", required=True, type=lambda path: str(Path(path).absolute()), help="a .pt2 program"
+    )
+    parser.add_argument("--steps", type=int, default=60, help="training steps at 32 px; a quarter at 64 px (60)")
+    parser.add_argument("--turns", type=int, default=2, help="how often each command runs in each place (2)")
+    args = parser.parse_args()
+
+    cores = os.cpu_count()
+    print(f"{cores} cores\n\n| command | busy processes | as it comes | one thread | share of one thread's speed |")
+    print("| --- | ---: | ---: | ---: | ---: |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        work = commands(args.extractor, args.steps)
+        run([*work["gan.py train, 32 px"], "base"], folder, None)
+        run(work["gan.py sample --n 2000"], folder, None)
+        for name, argv in work.items():
+            for n in sorted({0, 1, cores}):
+                with busy(n):
+                    ours, one = measure(argv, folder, args.turns)
+                print(f"| {name} | {n} | {ours:.2f} s | {one:.2f} s | {one / ours:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
