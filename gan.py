@@ -1487,8 +1487,9 @@ def join(name):
         torch.zeros(1, device=device).item()
     except Exception as error:  # of many kinds, by what torch was built with
         raise UserError(f"no device {name!r} here, where --device cpu --amp auto would work: {cause(error)}")
-    if launched and device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # the shapes stay the same, so that the search for fast kernels pays
     if launched and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))  # one may decode longer than another

@@ -28,12 +28,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a fixed number, for which resuming is exact
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch._subclasses import FakeTensorMode
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import gan
@@ -234,7 +237,7 @@ def test_public_functions_take_their_parameters_in_this_order(name, parameters):
     assert list(inspect.signature(function).parameters)[: len(expected)] == expected
 
 
-SHARED = "SHEET FORMATS list_files read_image pixels_of atomic_write reading cause printable Progress".split()
+SHARED = "SHEET FORMATS list_files read_image pixels_of atomic_write reading cause printable Progress Cores".split()
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -1312,6 +1315,96 @@ def test_say_does_without_a_reader(error, monkeypatch):
     """The definition."""
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=raising(error)))
     gan.say("a line")
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Gives Cores of 4 threads and a function that lets 2 seconds pass, in which threads waited for so many cores."""
+    machine = SimpleNamespace(now=0.0, waited=0.0, threads=4, ready=0)
+    monkeypatch.setattr(time, "monotonic", lambda: machine.now)
+    monkeypatch.setattr(gan, "seconds_waited", lambda: machine.waited)
+    monkeypatch.setattr(gan, "threads_ready", lambda: machine.ready)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: machine.threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(machine, "threads", n))
+    cores = gan.Cores()
+    cores.active = True
+
+    def after(waiting, ready=0):
+        machine.now += 2
+        machine.waited += 2 * waiting
+        machine.ready = ready
+        cores.adapt()
+        return machine.threads
+
+    return cores, after
+
+
+@pytest.mark.parametrize("waiting, threads", [(0, 4), (0.2, 4), (0.3, 3), (1, 3), (1.4, 2), (3, 1), (40, 1)])
+def test_cores_drop_the_threads_that_wait(waiting, threads, cores):
+    """By hand: one thread less for each core that was missing."""
+    _, after = cores
+    assert after(waiting) == threads
+
+
+def test_cores_take_threads_back_one_by_one(cores, capsys):
+    """By hand: one for each three times that a core was free; another program's thread takes a core."""
+    _, after = cores
+    after(3)
+    assert [after(0) for _ in range(6)] == [1, 1, 2, 2, 2, 3]
+    assert [after(0, ready=1) for _ in range(4)] == [3] * 4
+    assert [after(0) for _ in range(4)] == [3, 3, 4, 4]
+    assert capsys.readouterr().err.splitlines()[:2] == [f"{n} of 4 threads, as other programs leave" for n in (1, 2)]
+
+
+def test_cores_do_not_flap_beside_another_program(cores):
+    """By hand: two threads wait for each other beside one busy program on four cores, of which two are lent to us."""
+    _, after = cores
+    assert after(2) == 2
+    assert {after(0.1, ready=2) for _ in range(20)} == {2}
+
+
+def test_cores_keep_the_threads_of_a_program_that_imports_the_file(cores):
+    """The definition: only the commands turn it on."""
+    ours, after = cores
+    ours.active = False
+    assert after(3) == 4
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("program", [gan, metrics])
+def test_main_keeps_a_number_of_threads_that_was_given(program, given, monkeypatch, capsys):
+    """The definition: OMP_NUM_THREADS is the user's word."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(program.CORES, "active", None)
+    with contextlib.suppress(SystemExit):
+        program.main(["sample", "--run", "nowhere"] if program is gan else ["nowhere", "nowhere"])
+    assert program.CORES.active is not given
+
+
+WAITING = f"""
+import os, subprocess, sys, time
+sys.path.insert(0, {str(HERE)!r})
+import gan
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+    before = gan.seconds_waited()
+    began = time.monotonic()
+    while time.monotonic() < began + 2:
+        pass
+    print(gan.seconds_waited() - before, gan.threads_ready())
+    other.kill()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone says how long threads wait")
+def test_seconds_waited_beside_a_busy_process_on_the_same_core(tmp_path):
+    """By hand: the core is shared for 2 seconds, so each waits for about one; the other is ready to run."""
+    (tmp_path / "waiting.py").write_text(WAITING)
+    waited, ready = map(float, command("waiting.py", cwd=tmp_path).stdout.split())
+    assert 0.5 < waited < 2
+    assert ready >= 1
 
 
 # ---- gan.py: data
@@ -2475,12 +2568,12 @@ def test_train_compiled_is_eager_training(tmp_path):
 
 
 # ---- gan.py: several processes
-def torchrun(*argv, cwd=None):
-    """Runs a file in two processes."""
+def torchrun(*argv, cwd=None, processes=2):
+    """Runs a file in several processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    where = ["--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    where = [f"--nproc-per-node={processes}", "--master-addr=127.0.0.1", f"--master-port={port}"]
     return command("-m", "torch.distributed.run", *where, *argv, cwd=cwd)
 
 
@@ -2638,6 +2731,144 @@ def test_main_reports_an_error_of_one_process_alone(tmp_path, folder):
     assert set(errors) <= {errors[0], errors[-1], "one.py: error in process 0: another process has stopped"}
     assert len(errors) <= 2
     assert 'gan.py", line' not in done.stderr
+
+
+# ---- gan.py: on a GPU
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DTYPES = ["off", "bf16", "fp16"]
+
+
+@pytest.mark.parametrize("amp", DTYPES)
+def test_networks_run_on_fake_cuda_tensors(amp, monkeypatch):
+    """torch's fake tensors, which have a device and no data: a tensor of another device would raise."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    with FakeTensorMode(), torch.device("cuda"), torch.autocast("cuda", dtype, enabled=amp != "off"):
+        G = gan.Generator(32, 3, 8, 64, 16, 5)
+        D = gan.Discriminator(32, 3, 8, 64, 5)
+        y = torch.zeros(4, dtype=torch.int64)
+        images = G(gan.sample_z(4, 16, device=y.device), y)
+        logits = D(gan.diff_augment(images, "color,translation,cutout"), y)
+    assert images.shape == (4, 3, 32, 32)
+    assert logits.shape == (4,)
+    for x in (images, logits):
+        assert (x.device.type, x.dtype) == ("cuda", torch.float32)
+
+
+def gan_on(device, amp="off", **options):
+    """Builds a toy GAN of 3 classes on a device."""
+    config = replace(gan.Config(**TOY), amp=amp, augment="none", cond=True, **options)
+    return gan.GAN(gan.resolve(config), 3, device)
+
+
+def losses_on(device, amp, images, z):
+    """Computes the losses of one step on a device, of the same weights, images and noise."""
+    model = gan_on(device, amp)
+    real = gan.to_float(images).to(device)
+    y = torch.arange(8, device=device) % 3
+    with model.autocast:
+        fake = model.G(z.to(device), y)
+    loss_D, real_logits, _ = model.update_D(real, fake.detach(), y)
+    return torch.stack([loss_D, model.update_G(real, fake, y, real_logits)]).cpu()
+
+
+@cuda
+@pytest.mark.parametrize("amp, most", [("off", 5e-3), ("bf16", 5e-2), ("fp16", 1e-2)])
+def test_updates_on_cuda_are_those_of_the_cpu(amp, most):
+    """The CPU in float32, up to the rounding of the dtype and of TF32 in convolutions."""
+    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    z = torch.randn(8, 8)
+    ours = losses_on("cuda", amp, images, z)
+    assert gap(ours, losses_on("cpu", "off", images, z)) < most
+
+
+def train_on(device, tmp_path, name, *flags):
+    where = ["--runs", str(tmp_path), "--name", name, "--device", device]
+    gan.main(["train", *TOY_FLAGS[:-4], *SLOW, "--cond", *where, *flags])
+    return tmp_path / name
+
+
+@cuda
+@pytest.mark.parametrize("amp", DTYPES)
+def test_train_on_cuda_writes_finite_losses(amp, tmp_path):
+    """The definition: fp16's scaler may skip its first steps, and nothing that is not finite is written."""
+    run = train_on("cuda", tmp_path, "run", "--amp", amp, "--steps", "30")
+    assert all(map(math.isfinite, losses_of(run).flatten().tolist()))
+    assert gan.read_checkpoint(run)["steps"] == 30
+
+
+@cuda
+def test_train_on_cuda_resumes_exactly_with_deterministic_kernels(tmp_path, monkeypatch):
+    """The run without the break, bit for bit; torch refuses an operator that has no deterministic kernel."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        whole = train_on("cuda", tmp_path, "whole", "--amp", "off", "--steps", "8")
+        part = train_on("cuda", tmp_path, "part", "--amp", "off", "--steps", "4")
+        gan.main(["train", "--resume", str(part), "--steps", "8"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in ("G", "D", "opt_G"):
+        assert_equal(gan.read_checkpoint(part)[name], gan.read_checkpoint(whole)[name])
+
+
+@cuda
+def test_checkpoints_go_from_the_cpu_to_cuda_and_back(tmp_path):
+    """The definition: --device may change on resume."""
+    run = train_on("cpu", tmp_path, "run", "--amp", "off", "--steps", "3")
+    for device, steps in (("cuda", "6"), ("cpu", "9")):
+        gan.main(["train", "--resume", str(run), "--device", device, "--steps", steps])
+    assert [row["step"] for row in gan.read_rows(run / "log.jsonl")][-1] == 9
+
+
+@cuda
+def test_train_compiled_on_cuda_is_eager_training(tmp_path):
+    """The same run without --compile, up to other kernels."""
+    eager = train_on("cuda", tmp_path, "eager", "--amp", "off", "--steps", "5")
+    compiled = train_on("cuda", tmp_path, "compiled", "--amp", "off", "--steps", "5", "--compile")
+    assert gap(losses_of(eager), losses_of(compiled)) < 1e-2
+
+
+@cuda
+def test_generate_on_cuda_draws_what_the_cpu_draws(run):
+    """The CPU, within 3 of 255 levels: sample i of a seed is the same on each device."""
+    on = {device: gan.load_generator(run, device, trunc=0.7)[0] for device in ("cpu", "cuda")}
+    ours = gan.generate(on["cuda"], 20, seed=5).int()
+    assert (ours - gan.generate(on["cpu"], 20, seed=5).int()).abs().max() <= 3
+
+
+@cuda
+def test_evaluate_on_cuda_moves_a_program_to_the_device(own_run, extractor_file):
+    """The CPU's scores of the same samples, within a hundredth."""
+    rows = [gan.evaluate(own_run, n=30, extractor=str(extractor_file), device=d)[0] for d in ("cpu", "cuda")]
+    name = next(key for key in rows[0] if key.startswith("FD"))
+    assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-2)
+
+
+@cuda
+@pytest.mark.parametrize("room", [0, 2**40])
+def test_batches_on_cuda_are_those_of_the_cpu(room, config, monkeypatch):
+    """The CPU's, whether the images lie on the device or are streamed to it."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room, room))
+    config = gan.resolve(config)
+    images, labels, _ = gan.load_images(config.data, config.size, config.channels)
+    config = replace(config, flip=False)
+    on = [gan.batches(images, labels, config, torch.device(name)) for name in ("cpu", "cuda")]
+    for _ in range(7):
+        (x, y), (x_cuda, y_cuda) = map(next, on)
+        assert gap(x, x_cuda.cpu()) < 1e-6
+        assert torch.equal(y, y_cuda.cpu())
+
+
+@cuda
+def test_train_with_nccl_in_one_process(tmp_path, folder):
+    """The definition: torchrun with one process on one GPU trains to the end."""
+    flags = [*TOY_FLAGS[:-4], "--data", folder, "--steps", "5", "--device", "cuda", "--runs", tmp_path]
+    done = torchrun(HERE / "gan.py", "train", *flags, processes=1)
+    assert done.returncode == 0, done.stderr
+    assert "done at step 5" in done.stdout
 
 
 # ---- gan.py: evaluation

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import copy
 import ctypes
-import os
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
-ENVIRONMENT = dict(os.environ)  # a script's; importing gan adds how threads wait, of use to processes started later
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gan
 from step import peak_memory, processor, timed  # step.py beside this file
@@ -206,8 +204,7 @@ class Loop:
 
     def __init__(self, which, size, batch, amp="off", age=0):
         argv = [sys.executable, __file__, "--loop", which, str(size), str(batch), amp, str(age)]
-        environment = ENVIRONMENT if which == "textbook" else None
-        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step(self):
         print(file=self.process.stdin, flush=True)

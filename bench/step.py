@@ -17,9 +17,10 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import gan  # isort: skip, before torch, since it sets how torch's threads wait
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+import gan
 
 METHODS = ("draw", "update_D", "update_G", "update_average")
 
