@@ -33,7 +33,8 @@ KINDS = {  # name: (--amp, --compile)
 
 def table(*names):
     """Prints the head of a table: the first column is text, the others are numbers."""
-    print(f"\n| {' | '.join(names)} |\n| --- |{' ---: |' * (len(names) - 1)}", flush=True)
+    rule = ["---", *("---:" for _ in names[1:])]
+    print(f"\n| {' | '.join(names)} |\n| {' | '.join(rule)} |", flush=True)
 
 
 def row(*values):
