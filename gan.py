@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -44,6 +45,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._pytree import tree_leaves
+from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.utils import make_grid
 
@@ -815,7 +817,13 @@ CORES = Cores()
 SIZES = (16, 32, 64, 128, 256, 512)  # what the networks can draw
 GRAY = ("mnist", "fashion", "usps")  # one channel, and not to be mirrored: digits would change
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "usps": "USPS", "cifar10": "CIFAR10"}
-DATASETS = ("synthetic", *TORCHVISION)
+DATASETS = ("synthetic", "flowers17", *TORCHVISION)
+FLOWERS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz"
+FLOWERS_MD5 = "b59a65d8d1a99cd66944d474e1289eab"
+FLOWERS_CLASSES = (  # 80 pictures each, in this order
+    *("daffodil", "snowdrop", "lily valley", "bluebell", "crocus", "iris", "tigerlily", "tulip", "fritillary"),
+    *("sunflower", "daisy", "coltsfoot", "dandelion", "cowslip", "buttercup", "windflower", "pansy"),
+)
 DECODER = 3  # its number: pictures that another one decoded are decoded anew
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # for some others Pillow starts a program
 
@@ -826,7 +834,24 @@ def load_images(data, size, channels, data_dir="data"):
         return draw_flowers(size, channels)
     if data in TORCHVISION:
         return load_torchvision(data, size, channels, data_dir)
+    if data == "flowers17":
+        data = fetch_flowers(Path(data_dir).absolute() / data)
     return load_folder(at_home(data).absolute(), size, channels)
+
+
+def fetch_flowers(folder):
+    """Downloads the 17-category flowers of Nilsback and Zisserman into a folder for each class, unless it is there."""
+    if not folder.exists():
+        part = folder.with_name(f".{folder.name}")
+        with reading(folder, "copy of the flowers"):
+            download_and_extract_archive(FLOWERS, part, part / "all", md5=FLOWERS_MD5)
+            for i, file in enumerate(sorted(part.glob("all/jpg/image_*.jpg"))):
+                own = part / "classes" / FLOWERS_CLASSES[i // 80]
+                own.mkdir(parents=True, exist_ok=True)
+                os.replace(file, own / file.name)
+            os.replace(part / "classes", folder)
+        shutil.rmtree(part)
+    return folder
 
 
 def load_torchvision(data, size, channels, data_dir):

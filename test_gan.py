@@ -20,8 +20,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.error
+import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -1441,6 +1443,48 @@ def test_load_torchvision_reads_colours(monkeypatch):
     assert np.array_equal(images.permute(0, 2, 3, 1), pixels)
     assert labels.tolist() == [1, 0, 1, 1]
     assert classes == ["airplane", "automobile"]
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """Puts an archive of 1,360 pictures, each of its class's shade, where the download would have put it."""
+    path = tmp_path / ".flowers17" / "17flowers.tgz"
+    path.parent.mkdir()
+    with tarfile.open(path, "w:gz") as file:
+        for i in range(1360):
+            picture = io.BytesIO()
+            Image.new("L", (16, 16), i // 80).save(picture, "png")
+            entry = tarfile.TarInfo(f"jpg/image_{i + 1:04d}.jpg")
+            entry.size = len(picture.getvalue())
+            file.addfile(entry, io.BytesIO(picture.getvalue()))
+    monkeypatch.setattr(gan, "FLOWERS_MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    return tmp_path
+
+
+def test_load_images_arranges_the_flowers_by_class(archive):
+    """The order of the archive: 80 pictures of each class; nothing is left beside the folder."""
+    images, labels, classes = gan.load_images("flowers17", 16, 3, archive)
+    assert sorted(classes) == sorted(gan.FLOWERS_CLASSES)
+    assert labels.bincount().tolist() == [80] * 17
+    shades = torch.tensor([gan.FLOWERS_CLASSES.index(classes[label]) for label in labels])
+    assert torch.equal(images[:, 0, 0, 0], shades.to(torch.uint8))
+    assert [path.name for path in archive.iterdir()] == ["flowers17"]
+
+
+def test_load_images_fetches_the_flowers_once(archive, monkeypatch):
+    """The definition."""
+    first, _, _ = gan.load_images("flowers17", 16, 3, archive)
+    monkeypatch.setattr(gan, "download_and_extract_archive", raising(KeyError()))
+    assert torch.equal(gan.load_images("flowers17", 16, 3, archive)[0], first)
+
+
+def test_load_images_refuses_a_damaged_archive_of_the_flowers(archive, monkeypatch):
+    """Its MD5, which is not that of the real one; without a network it cannot be fetched anew."""
+    monkeypatch.setattr(gan, "FLOWERS_MD5", "0" * 32)
+    monkeypatch.setattr(urllib.request, "urlopen", raising(urllib.error.URLError("offline")))
+    with pytest.raises(gan.UserError, match="not a readable copy of the flowers"):
+        gan.load_images("flowers17", 16, 3, archive)
+    assert not (archive / "flowers17").exists()
 
 
 @pytest.fixture

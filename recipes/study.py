@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -30,8 +29,6 @@ from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-
-from torchvision.datasets.utils import download_and_extract_archive
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -303,46 +300,17 @@ def is_settled(differences):
     return abs(statistics.mean(differences)) > T95.get(n, 2.57) * spread / math.sqrt(n)
 
 
-# ---- The course's flowers
-FLOWERS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz"
-FLOWERS_MD5 = "b59a65d8d1a99cd66944d474e1289eab"
-CLASSES = (  # 80 pictures each, in this order
-    *("daffodil", "snowdrop", "lily valley", "bluebell", "crocus", "iris", "tigerlily", "tulip", "fritillary"),
-    *("sunflower", "daisy", "coltsfoot", "dandelion", "cowslip", "buttercup", "windflower", "pansy"),
-)
-
-
-def find_data(data, data_dir):
-    """Makes the path of a folder absolute, and downloads the course's flowers."""
-    if data == "flowers17":
-        folder = Path(data_dir, data).absolute()
-        part = folder.with_name(f".{data}")
-        if not folder.exists():
-            download_and_extract_archive(FLOWERS, part, part / "all", md5=FLOWERS_MD5)
-            arrange(part / "all" / "jpg", folder)
-            shutil.rmtree(part)
-        return str(folder)
+# ---- Command
+def find_data(data):
+    """Makes the path of a folder absolute; returns the name of a data set as it is."""
     if data in gan.DATASETS:
         return data
     folder = Path(data).expanduser().absolute()
     if not folder.is_dir():
-        named = ", ".join(["flowers17", *gan.DATASETS])
-        raise gan.UserError(f"no folder {data}; --data takes a folder of images, or one of {named}")
+        raise gan.UserError(f"no folder {data}; --data takes a folder of images, or one of {', '.join(gan.DATASETS)}")
     return str(folder)
 
 
-def arrange(pictures, folder):
-    """Moves image_0001.jpg, ... into a sub-folder for each class; the folder appears when it is whole."""
-    for c, name in enumerate(CLASSES):
-        own = pictures / "classes" / name
-        own.mkdir(parents=True, exist_ok=True)
-        for i in range(80):
-            file = f"image_{80 * c + i + 1:04d}.jpg"
-            os.replace(pictures / file, own / file)
-    os.replace(pictures / "classes", folder)
-
-
-# ---- Command
 def study(args, definition, configs):
     """Makes the runs and scores that are missing, then the report. configs: {variant: gan.Config}."""
     import report  # here, since it takes the table from this file
@@ -443,7 +411,7 @@ def make_parser():
     parser.add_argument("--variants", nargs="+", default=COURSE, help="losses with flags (ns hinge 'hinge --cond')")
     truncs = [None, 1.0, 0.7]
     parser.add_argument("--trunc", type=gan.truncation, nargs="+", default=truncs, help="bounds of |z| (none 1 0.7)")
-    parser.add_argument("--data", default="synthetic", help="as for gan.py train, or flowers17 (synthetic)")
+    parser.add_argument("--data", default="synthetic", help="as for gan.py train (synthetic)")
     counts = "number of seeds, counted from 0, of all variants or of each (1)"
     parser.add_argument("--seeds", type=positive, nargs="+", default=[1], help=counts)
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time (1)")
@@ -464,7 +432,7 @@ def prepare(args, flags):
         args.extractor = str(Path(args.extractor).absolute())
         weights_of(args.extractor)
     definition = {
-        "data": find_data(args.data, configs[args.variants[0]].data_dir),
+        "data": find_data(args.data),
         "variants": args.variants,
         "trunc": args.trunc,
         "extractor": args.extractor,

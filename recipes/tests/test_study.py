@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Tests of the study at toy size: offline, on the CPU.    python -m pytest recipes/tests/test_study.py"""
 
-import hashlib
 import os
 import signal
 import statistics
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -247,32 +245,6 @@ def test_variants_are_compared_by_the_seeds_of_both():
 
 
 # ---- Data, and the named settings of bench/quality.py
-@pytest.fixture
-def flowers(tmp_path, monkeypatch):
-    """The course's archive with empty pictures, as if the download had ended; returns the folder that holds it."""
-    archive = tmp_path / ".flowers17" / "17flowers.tgz"
-    archive.parent.mkdir()
-    with tarfile.open(archive, "w:gz") as file:
-        for i in range(1, 1361):
-            file.addfile(tarfile.TarInfo(f"jpg/image_{i:04d}.jpg"))
-    monkeypatch.setattr(study, "FLOWERS_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
-    return tmp_path
-
-
-def test_flowers17_are_arranged_by_class(flowers):
-    folder = Path(study.find_data("flowers17", flowers))
-    assert sorted(path.name for path in folder.iterdir()) == sorted(study.CLASSES)
-    assert all(len(list((folder / name).iterdir())) == 80 for name in study.CLASSES)
-    assert (folder / "snowdrop" / "image_0081.jpg").exists()
-    assert (folder / "pansy" / "image_1360.jpg").exists()
-
-
-def test_flowers17_are_arranged_once(flowers):
-    folder = study.find_data("flowers17", flowers)
-    assert study.find_data("flowers17", flowers) == folder
-    assert list(flowers.iterdir()) == [Path(folder)]
-
-
 @pytest.fixture(scope="module")
 def rows_file(place):
     """The file of rows of bench/quality.py after two steps on the toy's images, with the command line that made it."""
