@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: MIT
+"""Loads a run, draws samples and saves them: a start for a program of your own.
+
+    python recipes/example.py RUN [CLASS...]
+
+Writes example.png. Classes are names or numbers.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gan
+
+run, *classes = sys.argv[1:]
+
+# The averaged generator of a run, for noise that is bounded by 1.5.
+G, config = gan.load_generator(run, trunc=1.5)
+
+# 16 samples, uint8 [16,C,H,W] from 0 to 255, of the classes in turn or of all.
+images = gan.generate(G, 16, classes or None, seed=0)
+
+# One picture of them, four in a row.
+gan.write_picture("example.png", gan.tile(images, columns=4))
+
+# Or by hand: z and the number of a class give images in [-1,1].
+z = gan.sample_z(1, G.z_dim, G.trunc)
+x = G(z, gan.choose_classes(G, 1))
+print(f"{config.data} at step {G.steps}: wrote example.png; by hand an image of {tuple(x.shape)}")
