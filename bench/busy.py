@@ -5,13 +5,13 @@
 
 Each command runs as it comes and with OMP_NUM_THREADS=1, on the idle machine, beside one busy process and beside one
 per core, which this program starts and ends. The commands in one place take turns. Each time is the least of --turns;
-training counts from its second log line on, the other commands count whole.
+training counts by its step, the other commands whole.
 """
 
 import argparse
 import contextlib
+import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -41,29 +41,29 @@ def environment(threads):
 
 
 def run(argv, folder, threads):
-    """Runs a command of this project in a folder; returns its output and its seconds."""
+    """Runs a command of this project in a folder; returns its seconds."""
     began = time.monotonic()
     argv = [sys.executable, ROOT / argv[0], *argv[1:]]
     done = subprocess.run(argv, cwd=folder, env=environment(threads), capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"busy.py: error: {done.stderr.strip()}")
-    return done.stdout, time.monotonic() - began
+    return time.monotonic() - began
 
 
 def seconds_of(argv, folder, threads):
-    """Returns the seconds of a command; of training those per 64 images, without its first lines."""
-    out, seconds = run(argv, folder, threads)
+    """Returns the seconds of a command; of training those of a step, without the first third, which chooses threads."""
+    seconds = run(argv, folder, threads)
     if "train" not in argv:
         return seconds
-    lines = re.findall(r"step (\d+)/\d+ +([\d.]+) images/s", out)
-    first, last = lines[1], lines[-1]
-    spent = [int(step) * 64 / float(rate) for step, rate in (first, last)]
-    return (spent[1] - spent[0]) / (int(last[0]) - int(first[0]))
+    lines = Path(folder, "runs", argv[-1], "log.jsonl").read_text().splitlines()
+    rows = [json.loads(lines[i]) for i in (len(lines) // 3, -1)]
+    began, ended = (row["step"] * 64 / row["images_per_s"] for row in rows)
+    return (ended - began) / (rows[1]["step"] - rows[0]["step"])
 
 
 def commands(extractor, steps):
     """Lists the commands by name; those behind the first need its run."""
-    common = f"--device cpu --log-every {max(1, steps // 6)} --sample-every 1e6"
+    common = "--device cpu --log-every 1 --sample-every 1e6"
     train = f"gan.py train --data synthetic --cond --size 32 --steps {steps} {common} --name"
     train_64 = f"gan.py train --data synthetic --cond --size 64 --steps {max(6, steps // 4)} {common} --name"
     return {
