@@ -50,21 +50,22 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from torchvision.utils import make_grid
 
 __version__ = "0.9"
-FORMAT = 2  # of checkpoints: the networks, their names and what lies beside them
+FORMAT = 2  # of checkpoints; it changes with the networks and with what a checkpoint holds
 
 
 # ---- Networks
 class Generator(nn.Module):
     """Maps noise and class to images: z[N,z_dim], y[N] int64 or None -> [N,channels,size,size] float32 in [-1,1].
 
-    e, the noise beside the embedded class, feeds the first layer and every adaptive norm.
+    e joins the noise and the class embedding (without classes it is the noise). It feeds the first layer and every
+    adaptive norm.
     """
 
     def __init__(self, size=64, channels=3, width=32, max_width=512, z_dim=128, num_classes=0):
         super().__init__()
         self.z_dim = z_dim
         self.num_classes = num_classes
-        self.trunc = None  # the bound of |z_i| that the batch-norm statistics are for
+        self.trunc = None  # the bound of |z_i|, which standing_generator sets and sampling reads; None is no bound
 
         widths = channel_widths(size, width, max_width)[::-1]
         e_dim = 2 * z_dim if num_classes else z_dim
@@ -75,7 +76,8 @@ class Generator(nn.Module):
         self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
         orthogonal_init(self)
-        # Batch norm cancels their scale, but Adam's steps have a fixed size, so small weights learn faster.
+        # A batch norm follows these layers, so the scale of their weights does not matter. Adam's steps do not depend on
+        # it, so small weights change faster in proportion.
         for layer in (self.linear, *layers_of(self.blocks, nn.Conv2d)):
             layer.weight.data *= 0.1
 
@@ -135,7 +137,7 @@ class Discriminator(nn.Module):
 
         orthogonal_init(self)
         for layer in layers_of(self, nn.Conv2d, nn.Linear, nn.Embedding):
-            layer.weight.data *= 0.3  # spectral norm cancels the scale, so here too small weights learn faster
+            layer.weight.data *= 0.3  # spectral norm cancels the scale, so small weights change faster, as in G
             register_parametrization(layer, "weight", SpectralNorm(layer.weight))
 
     def features(self, x):
@@ -143,7 +145,7 @@ class Discriminator(nn.Module):
         h = self.conv(x.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             h = block(h)
-        return F.relu(at_least_float32(h)).sum(dim=(2, 3))
+        return F.relu(at_least_float32(h)).sum(dim=(2, 3))  # a sum of many terms needs more digits than bfloat16 has
 
     def forward(self, x, y=None):
         phi = self.features(x)
@@ -166,11 +168,11 @@ class DiscriminatorBlock(nn.Module):
         return conv_pool(self.conv2, F.relu(h, inplace=True)).add_(self.skip(pool(x)))
 
 
-# ---- Losses: what D and G minimise, each of the logits of real[N] and fake[N]; softplus(-x) is -log sigmoid(x)
+# ---- Losses that D and G minimise, functions of the logits real[N] and fake[N]; softplus(-x) is -log sigmoid(x)
 D_LOSSES = {
     "ns": lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(),  # arXiv 1406.2661
     "hinge": lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(),  # 1705.02894
-    "rpgan": lambda real, fake: F.softplus(fake - real).mean(),  # pairs of one class; 1807.00734
+    "rpgan": lambda real, fake: F.softplus(fake - real).mean(),  # real[i] and fake[i] share a class; 1807.00734
     "lsgan": lambda real, fake: ((real - 1).square().mean() + fake.square().mean()) / 2,  # 1611.04076
     "wgan": lambda real, fake: fake.mean() - real.mean(),  # 1701.07875
 }
@@ -189,11 +191,11 @@ G_LOSSES = {
 class GAN:
     """Both networks, the averaged generator, the optimizers, and the step that trains them.
 
-    For another GAN, override `networks` (called as G(z, y) and D(x, y); G has z_dim and num_classes), `update_D` and
-    `update_G`, or `Config`, whose fields become flags. `main(model=YourGAN)` is its command line.
+    For another GAN, override `networks`, whose results are called as G(z, y) and D(x, y) (G has z_dim and num_classes),
+    or `update_D`, `update_G` or `train_step`, or `Config`, whose fields become flags. main(model=YourGAN) runs it.
     """
 
-    PARTS = ("G", "D", "G_ema", "opt_G", "opt_D", "scaler")  # what a checkpoint holds
+    PARTS = ("G", "D", "G_ema", "opt_G", "opt_D", "scaler")  # whose state_dict a checkpoint holds
 
     def __init__(self, config, num_classes=0, device="cpu"):
         torch.manual_seed(config.seed)
@@ -240,7 +242,8 @@ class GAN:
             fake = self.draw(y)
             loss_D, real_logits, fake_logits = self.update_D(real, fake.detach(), y)
 
-        loss_G = self.update_G(real, fake, y, real_logits)  # G has not moved since drawing them
+        # G has not changed since it drew fake. The real logits are those of D before its step, which saves a pass of D.
+        loss_G = self.update_G(real, fake, y, real_logits)
         for _ in range(c.g_steps - 1):
             loss_G = self.update_G(real, self.draw(y), y, real_logits)
 
@@ -250,6 +253,7 @@ class GAN:
 
     def draw(self, y):
         """Draws samples [B,C,H,W] of the classes y[B], through which gradients reach G."""
+        # Every process draws the noise of the whole batch and keeps its rows, so one seed serves all.
         z = own_rows(sample_z(len(y) * n_ranks(), self.G.z_dim, device=y.device))
         with self.autocast:
             return self.G(z, y)
@@ -276,7 +280,7 @@ class GAN:
 
     def descend(self, optimizer, loss):
         """Takes one step of the optimizer down the gradient of the loss."""
-        optimizer.zero_grad()  # clears what the step of an override may have left
+        optimizer.zero_grad()  # an override's step may have left gradients
         self.scaler.scale(loss).backward()
         average_over_ranks([p.grad for group in optimizer.param_groups for p in group["params"]])
         self.scaler.step(optimizer)
@@ -285,7 +289,7 @@ class GAN:
 
     @torch.no_grad()
     def update_average(self):
-        """Moves G_ema towards G; its half-life is a twentieth of the images seen, up to config.ema_images."""
+        """Moves G_ema towards G. The half-life, in images, is a twentieth of those seen, up to config.ema_images."""
         half_life = min(self.config.ema_images, self.steps * self.config.batch / 20)
         weight = 1 - 0.5 ** (self.config.batch / half_life)
         torch._foreach_lerp_(list(self.G_ema.parameters()), list(self.G.parameters()), weight)
@@ -323,7 +327,7 @@ class GAN:
             )
         with reading(path, "checkpoint to go on from"):
             for name in self.PARTS:
-                if name != "scaler" or content[name]:  # one that did nothing has no state
+                if name != "scaler" or content[name]:  # without float16 the scaler has no state
                     getattr(self, name).load_state_dict(content[name])
             for p, moments in [*self.opt_G.state.items(), *self.opt_D.state.items()]:
                 if moments["exp_avg"].shape != p.shape or moments["exp_avg_sq"].shape != p.shape:
@@ -406,7 +410,7 @@ class SpectralNorm(nn.Module):
 
 
 def box(x, divisor, padding):
-    """Sums every 2x2 window and divides by divisor: [N,C,H,W] -> [N,C,H-1+2 padding,W-1+2 padding]."""
+    """Sums every 2x2 window and divides by divisor: [N,C,H,W] -> [N,C,H',W'] with H' = H - 1 + 2 * padding."""
     if x.requires_grad and torch.is_grad_enabled():
         return Box.apply(x, divisor, padding)  # only then: a program can be exported only from plain operators
     if x.is_cuda:
@@ -417,7 +421,7 @@ def box(x, divisor, padding):
 
 
 class Box(torch.autograd.Function):
-    """Computes box; the gradient is a box with the other padding, so nothing is kept for it."""
+    """Computes box. Its gradient is a box with the padding 1 - padding, for which no input has to be kept."""
 
     @staticmethod
     def forward(ctx, x, divisor, padding):
@@ -431,14 +435,21 @@ class Box(torch.autograd.Function):
 
 
 def conv_pool(conv, x):
-    """Computes avg_pool2d(conv(x), 2) for a 3x3 conv with a quarter of its products: [N,C,H,W] -> [N,K,H/2,W/2]."""
-    return F.conv2d(box(x, 4, 1), conv.weight, conv.bias, stride=2)  # of means, every second result is enough
+    """Computes avg_pool2d(conv(x), 2) with a quarter of the multiplications: [N,C,H,W] -> [N,K,H/2,W/2].
+
+    The mean of 2x2 results of a 3x3 conv is its result for the means; stride 2 computes only those that are kept.
+    """
+    return F.conv2d(box(x, divisor=4, padding=1), conv.weight, conv.bias, stride=2)
 
 
 def upsample_conv(conv, x):
-    """Computes conv(upsample(x)) for a 3x3 conv with a quarter of its products: [N,C,H,W] -> [N,K,2H,2W]."""
-    weight = conv.weight.transpose(0, 1).flip(2, 3)  # of an image with zeros between its pixels; the sums come last
-    return box(F.conv_transpose2d(x, weight, conv.bias / 4, stride=2), 1, 0)
+    """Computes conv(upsample(x)) with a quarter of the multiplications: [N,C,H,W] -> [N,K,2H,2W].
+
+    Upsampling puts zeros between the pixels and sums 2x2 windows. The sums may as well follow the 3x3 conv, whose bias
+    they add four times.
+    """
+    weight = conv.weight.transpose(0, 1).flip(2, 3)
+    return box(F.conv_transpose2d(x, weight, conv.bias / 4, stride=2), divisor=1, padding=0)
 
 
 def pool(x):
@@ -454,7 +465,7 @@ def upsample(x):
 
 # ---- Differentiable augmentation (arXiv 2006.10738) of both real and fake, so that D cannot memorise the data
 def augment_color(x):
-    """Moves brightness by up to +-0.5 of a range of 2, scales saturation by [0, 2] and contrast by [0.5, 1.5]."""
+    """Adds up to +-0.5 to all of an image in [-1,1], scales its saturation by [0, 2] and its contrast by [0.5, 1.5]."""
     brightness, saturation, contrast = uniform(x, 3, 1, 1, 1).unbind(dim=1)  # [N,1,1,1] each
     x = x + (brightness - 0.5)
 
@@ -472,9 +483,9 @@ def augment_translation(x):
     moves = (uniform(x, 2, 1, 1) * (2 * most + 1)).floor() - most
     down, right = moves.unbind(dim=1)  # [N,1,1] each
     # A move is a product with a shifted identity on either side: dense, differentiable and fast at these sizes.
-    rows = pixels[:, None] - down == pixels  # [N,S,S]
-    columns = pixels - right == pixels[:, None]
-    return rows.to(x.dtype)[:, None] @ x @ columns.to(x.dtype)[:, None]
+    shift_rows = pixels[:, None] - down == pixels  # [N,S,S]: row i of the result is row i - down of the image
+    shift_columns = pixels - right == pixels[:, None]
+    return shift_rows.to(x.dtype)[:, None] @ x @ shift_columns.to(x.dtype)[:, None]
 
 
 def augment_cutout(x):
@@ -513,7 +524,7 @@ def sample_z(n, z_dim, trunc=None, generator=None, device=None):
 
 
 def choose_classes(G, n, classes=None, seed=0):
-    """Lists n classes, int64 [n]: names or numbers in turn, or drawn evenly if they are None (0 without classes)."""
+    """Lists n numbers of classes, int64 [n]: `classes`, names or numbers, in turn; None draws at random from all."""
     if classes is None:
         return torch.randint(max(1, G.num_classes), (n,), generator=torch.Generator().manual_seed(seed))
     if len(classes) == 0:
@@ -535,9 +546,9 @@ def class_index(G, which):
 
 @torch.no_grad()
 def standing_generator(G, trunc=None, n_batches=20, batch=64):
-    """Copies G as a generator for z with this bound, in eval mode: the copy holds the bound and statistics of its own.
+    """Copies G in eval mode, with batch-norm statistics that are measured anew for z with this bound (arXiv 1809.11096).
 
-    Batch norms with statistics of other z would shift every layer.
+    The statistics of other z, or of the weights before averaging, would shift every layer.
     """
     standing = copy.deepcopy(G).eval()
     standing.trunc = trunc
@@ -569,7 +580,7 @@ def render(G, z, y, batch=64):
     """Yields the samples of z[n,z_dim] and y[n]: uint8 [<=batch,C,H,W] on the CPU."""
     device = next(G.parameters()).device
     for some_z, some_y in zip(z.split(batch), y.split(batch)):
-        CORES.adapt()
+        CORES.adapt()  # leaves cores to other programs
         yield to_uint8(G(some_z.to(device), some_y.to(device))).cpu()
 
 
@@ -584,7 +595,7 @@ def generate(G, n, classes=None, seed=0):
     """Draws n samples of a generator of `load_generator` or `standing_generator`, with its bound: uint8 [n,C,H,W].
 
     Sample i of a seed is the same for every n and device. classes: names or numbers to go through in turn; None draws
-    them evenly.
+    from all at random.
     """
     return torch.cat(list(generate_batches(G, n, classes, seed)))
 
@@ -602,7 +613,7 @@ def sample_grid(G, columns=10, seed=0):
 
 
 def interpolate(G, classes=None, rows=8, columns=10, seed=0):
-    """Walks from one random z to another in each row, in a class, of `classes` in turn: uint8 [rows,columns,C,H,W]."""
+    """Walks from one random z to another in each row, whose class is the next of `classes`: [rows,columns,C,H,W]."""
     generator = torch.Generator().manual_seed(seed)
     a, b = sample_z(2 * rows, G.z_dim, G.trunc, generator).chunk(2)  # [rows,z_dim] each
     z = arc(a, b, columns).flatten(0, 1)
@@ -611,7 +622,7 @@ def interpolate(G, classes=None, rows=8, columns=10, seed=0):
 
 
 def arc(a, b, n):
-    """Walks from a[N,d] to b[N,d] in n points [N,n,d] on an arc; those on a line are shorter than any z G has seen."""
+    """Walks from a[N,d] to b[N,d] in n points [N,n,d], on an arc, as points on a line are shorter than any z of G's."""
     cosine = F.cosine_similarity(a, b).clamp(-1, 1)
     angle = torch.arccos(cosine)[:, None, None]
     t = torch.linspace(0, 1, n)[:, None]
