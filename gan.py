@@ -76,8 +76,8 @@ class Generator(nn.Module):
         self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
         orthogonal_init(self)
-        # A batch norm follows these layers, so the scale of their weights does not matter. Adam's steps do not depend on
-        # it, so small weights change faster in proportion.
+        # A batch norm follows these layers, so the scale of their weights does not matter. Adam's steps ignore it,
+        # so small weights change faster in proportion.
         for layer in (self.linear, *layers_of(self.blocks, nn.Conv2d)):
             layer.weight.data *= 0.1
 
@@ -546,7 +546,7 @@ def class_index(G, which):
 
 @torch.no_grad()
 def standing_generator(G, trunc=None, n_batches=20, batch=64):
-    """Copies G in eval mode, with batch-norm statistics that are measured anew for z with this bound (arXiv 1809.11096).
+    """Copies G in eval mode, with batch-norm statistics measured anew for z with this bound (arXiv 1809.11096).
 
     The statistics of other z, or of the weights before averaging, would shift every layer.
     """
