@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import errno
 import hashlib
 import io
 import itertools
@@ -329,8 +330,8 @@ class GAN:
             for name in self.PARTS:
                 if name != "scaler" or content[name]:  # without float16 the scaler has no state
                     getattr(self, name).load_state_dict(content[name])
-            for p, moments in [*self.opt_G.state.items(), *self.opt_D.state.items()]:
-                if moments["exp_avg"].shape != p.shape or moments["exp_avg_sq"].shape != p.shape:
+            for p, state in [*self.opt_G.state.items(), *self.opt_D.state.items()]:
+                if any(t.shape not in (p.shape, ()) for t in state.values() if torch.is_tensor(t)):
                     raise UserError("the optimizers are of other networks")
         self.steps = content["steps"]
         self.opt_G.param_groups[0]["lr"] = self.config.lr_G
@@ -685,7 +686,7 @@ def printable(text):
 
 
 def clear_leftovers(folder):
-    """Removes what killed processes left behind in the midst of writing; one of today may still be at work."""
+    """Removes what killed processes left in the midst of writing: a younger file may be of one that still writes."""
     for part in Path(folder).glob(f".{'[0-9a-f]' * 16}.part"):
         with contextlib.suppress(OSError):  # another process was faster, or the disk is read-only
             if time.time() - part.stat().st_mtime > 86_400:
@@ -694,10 +695,13 @@ def clear_leftovers(folder):
 
 def write_picture(path, picture, software=SHEET):
     """Writes a picture uint8 [3,H,W] in the format that the path ends in; a PNG names the software that made it."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise UserError(f"{path}: pictures end in .png, .jpg, .webp or the like")
     info = PngInfo()
     info.add_text("Software", software)
     with atomic_write(path) as file:
-        to_pil_image(picture).save(file, Path(path).suffix[1:], pnginfo=info)
+        to_pil_image(picture).save(file, kind, pnginfo=info)
 
 
 def at_home(path):
@@ -779,9 +783,13 @@ class Cores:
     """
 
     def __init__(self):
-        self.active = False  # the commands turn it on; a program that imports this file keeps its threads
-        self.most = torch.get_num_threads()
+        self.active = False  # a program that imports this file keeps its threads
         self.free = 0  # how often in a row a core was free
+
+    def activate(self):
+        """Turns it on, for a command, unless the user has chosen a number of threads."""
+        self.active = "OMP_NUM_THREADS" not in os.environ
+        self.most = torch.get_num_threads()
         self.start()
 
     def start(self):
@@ -789,15 +797,15 @@ class Cores:
         self.waited = seconds_waited()
 
     def adapt(self):
-        elapsed = time.monotonic() - self.began
-        if not self.active or elapsed < 2:
+        if not self.active or time.monotonic() < self.began + 2:
             return
+        elapsed = time.monotonic() - self.began
         threads = torch.get_num_threads()
         missing = (seconds_waited() - self.waited) / elapsed  # cores
         if missing > 0.25 and threads > 1:
             self.use(max(1, threads - math.ceil(missing)))
         elif threads < self.most:
-            self.free = self.free + 1 if threads + threads_ready() < self.most else 0
+            self.free = self.free + 1 if threads + threads_ready() < os.cpu_count() else 0
             if self.free == 3:
                 self.use(threads + 1)
         self.start()
@@ -811,8 +819,11 @@ class Cores:
 
 def seconds_waited():
     """Returns how long the threads of this process have been ready to run without a core, in seconds."""
-    files = Path("/proc/self/task").glob("*/schedstat")
-    return sum(int(file.read_text().split()[1]) for file in files) / 1e9
+    waited = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            waited += int(file.read_text().split()[1])
+    return waited / 1e9
 
 
 def threads_ready():
@@ -835,7 +846,7 @@ FLOWERS_CLASSES = (  # 80 pictures each, in this order
     *("daffodil", "snowdrop", "lily valley", "bluebell", "crocus", "iris", "tigerlily", "tulip", "fritillary"),
     *("sunflower", "daisy", "coltsfoot", "dandelion", "cowslip", "buttercup", "windflower", "pansy"),
 )
-DECODER = 3  # its number: pictures that another one decoded are decoded anew
+DECODER = 3  # a number in the cache's key, which changes with what decoding gives
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # for some others Pillow starts a program
 
 
@@ -852,16 +863,20 @@ def load_images(data, size, channels, data_dir="data"):
 
 def fetch_flowers(folder):
     """Downloads the 17-category flowers of Nilsback and Zisserman into a folder for each class, unless it is there."""
-    if not folder.exists():
-        part = folder.with_name(f".{folder.name}")
-        with reading(folder, "copy of the flowers"):
-            download_and_extract_archive(FLOWERS, part, part / "all", md5=FLOWERS_MD5)
-            for i, file in enumerate(sorted(part.glob("all/jpg/image_*.jpg"))):
-                own = part / "classes" / FLOWERS_CLASSES[i // 80]
-                own.mkdir(parents=True, exist_ok=True)
-                os.replace(file, own / file.name)
-            os.replace(part / "classes", folder)
-        shutil.rmtree(part)
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=".flowers17-", dir=folder.parent) as part,
+        reading(folder, "folder of flowers"),
+    ):
+        download_and_extract_archive(FLOWERS, part, md5=FLOWERS_MD5)
+        for i in range(1360):
+            own = Path(part, "classes", FLOWERS_CLASSES[i // 80])
+            own.mkdir(parents=True, exist_ok=True)
+            os.replace(Path(part, "jpg", f"image_{i + 1:04d}.jpg"), own / f"image_{i + 1:04d}.jpg")
+        if not folder.exists():  # unless another process was faster
+            os.replace(own.parent, folder)
     return folder
 
 
@@ -872,7 +887,7 @@ def load_torchvision(data, size, channels, data_dir):
         images = torch.as_tensor(dataset.data)
         labels = torch.as_tensor(dataset.targets)
     images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
-    images = torch.cat([fit(part, size, channels) for part in images.split(1000)])
+    images = torch.cat([fit(part, size, channels) for part in images.split(1000)]).contiguous()
     classes = dataset.classes if data == "cifar10" else [str(c) for c in range(10)]
     return images, labels, classes
 
@@ -886,6 +901,8 @@ def load_folder(folder, size, channels):
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data takes a folder of images or one of {', '.join(DATASETS)}")
     files, runs = list_files(folder)
+    if Path() in runs:
+        raise UserError(f"{folder} is a run of gan.py, whose pictures are no data")
     if runs:
         say(f"left out the runs {', '.join(map(str, runs[:10]))}")
     images, kept, remarks = decode_cached(folder, files, size, channels)
@@ -976,6 +993,7 @@ def fit(images, size, channels):
 
 
 def hash_of(images):
+    """Returns the SHA-256 of uint8 images, in hexadecimal digits."""
     return hashlib.sha256(images.numpy()).hexdigest()
 
 
@@ -1019,12 +1037,21 @@ def read_image(path, least=None):
                 raise ValueError("a picture of samples by gan.py")
             if least:
                 image.draft(None, (least, least))
-            pixels = pixels_of(ImageOps.exif_transpose(image))
-            return pixels, 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo with a preview
+            return pixels_of(ImageOps.exif_transpose(image)), pages_of(image)
     except Exception as error:  # Pillow's decoders raise errors of many kinds, but only the system's have a number
-        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.EINVAL):
             raise
         raise ValueError(re.sub(" ['<].*", "", str(error)) or type(error).__name__) from error
+
+
+def pages_of(image):
+    """Returns the number of pages of an open image; 1 for a photo with a preview, and where the others are damaged."""
+    if image.format == "MPO":
+        return 1
+    try:
+        return image.n_frames
+    except Exception:  # of many kinds
+        return 1
 
 
 def pixels_of(image):
@@ -1192,7 +1219,8 @@ class Run:
     sample_every: int  # steps
     real: torch.Tensor  # a picture of images as D sees them, uint8 [3,H,W]
     began: float = field(default_factory=time.monotonic)
-    saved: float = field(default_factory=time.monotonic)
+    warm: float = 0.0  # when the first, slow steps were over, by the same clock
+    saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was written; -inf asks for one
 
 
 def find_run(name=None, runs="runs"):
@@ -1274,11 +1302,11 @@ def write_config(gan, run):
 
 
 def cut_log(path, steps):
-    """Removes the rows of a log behind this step; a copy keeps lines that are no rows, such as half a one."""
+    """Removes the rows of a log behind this step. A log with lines that are no rows is kept beside it."""
     rows = [row for row in read_rows(path) if isinstance(row.get("step"), int)]
     if path.exists() and len(rows) < len(path.read_bytes().splitlines()):
-        odd = path.with_name("log-odd.jsonl")
-        os.replace(path, odd)
+        odd = path.with_name(f"log-odd-{time.time_ns()}.jsonl")
+        shutil.copyfile(path, odd)
         say(f"{path} has lines that are no rows: {odd} keeps them")
     write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= steps))
 
@@ -1396,8 +1424,8 @@ def check_processes(gan):
 def train(config, resume=None, model=GAN):
     """Trains a GAN and returns its run's folder, a Path. Ctrl-C, SIGTERM and a closed terminal end the step and save.
 
-    resume: a run's folder or a checkpoint to go on from, until config.epochs or config.steps. On a CPU the outcome is
-    that of a run without the break, bit for bit.
+    resume: a run's folder or a checkpoint to go on from, until config.epochs or config.steps. On a CPU with a
+    fixed number of threads the outcome is that of a run without the break, bit for bit.
     """
     gan, data, run = prepare(config, resume, model)
     losses = []
@@ -1407,8 +1435,7 @@ def train(config, resume=None, model=GAN):
             # Take a step.
             losses.append(gan.train_step(data))
             CORES.adapt()
-            if gan.steps == run.first + 5:
-                forecast(gan, run)
+            forecast(gan, run)
             stopped = any_rank(len(stop) > 0)
             draws = gan.steps == run.steps or gan.steps % run.sample_every == 0
             saves = draws or stopped or any_rank(time.monotonic() > run.saved + 60 * gan.config.save_minutes)
@@ -1426,13 +1453,16 @@ def train(config, resume=None, model=GAN):
 
 
 def forecast(gan, run):
-    """Prints how long a run will take, by its first steps, and how to make a very long one shorter."""
-    hours = (run.steps - gan.steps) * (time.monotonic() - run.began) / (gan.steps - run.first) / 3600
-    if hours > 1:
-        say(f"this will take some {hours:.0f} hours")
-    if hours > 12:
-        thousands = max(1, round(run.steps * 12 / hours / 1000))
-        say(f"--steps {thousands}000 would take 12, and --resume can go on from there")
+    """Prints how long a run will take, by the last 10 of its first 15 steps, and how a very long one gets shorter."""
+    left = run.steps - gan.steps
+    if gan.steps == run.first + 5:
+        run.warm = time.monotonic()
+    if gan.steps == run.first + 15:
+        hours = left / 10 * (time.monotonic() - run.warm) / 3600
+        if hours > 1:
+            say(f"this will take {hours:.1f} hours")
+        if hours > 12:
+            say(f"--steps {gan.steps + left * 12 / hours:.0f} would take 12, and --resume can go on from there")
 
 
 def log(gan, run, losses):
@@ -1553,9 +1583,9 @@ class SumOverRanks(torch.autograd.Function):
 
 def any_rank(answer):
     """Returns whether the answer is true in any process: what one asks for, all do."""
-    share = torch.tensor(float(answer))
-    average_over_ranks([share])
-    return share.item() > 0
+    mean = torch.tensor(float(answer))
+    average_over_ranks([mean])
+    return mean.item() > 0
 
 
 @torch.no_grad()
@@ -1619,7 +1649,7 @@ def scorer(images, extractor, device):
     """Returns a function that compares batches of samples with the images: (scores, what made them, notes)."""
     import metrics
 
-    metrics.CORES.active = CORES.active
+    metrics.CORES = CORES
 
     def score(samples):
         fake = metrics.measure(network, samples, progress=metrics.Progress(f"{network.name}, samples"))
@@ -1693,7 +1723,7 @@ def sample_command(args, model):
 
 
 def picture_of(G, args):
-    """Draws what `sample` writes as a picture: walks, samples of the classes in turn, or the grid of all classes."""
+    """Draws what `sample` writes as a picture, uint8 [3,H,W]: walks, samples of the classes in turn, or a grid."""
     classes = args.classes or None
     if args.interpolate:
         return tile(interpolate(G, classes, rows=args.n or 8, seed=args.seed).flatten(0, 1))
@@ -1789,7 +1819,7 @@ def main(argv=None, model=GAN):
             stream.reconfigure(errors="backslashreplace")  # names in a terminal of another encoding
     warnings.simplefilter("ignore")  # of Pillow, NumPy and torch: advice to programmers
     args = make_parser(model).parse_args(argv)
-    CORES.active = "OMP_NUM_THREADS" not in os.environ
+    CORES.activate()
     commands = {"train": train_command, "eval": eval_command, "sample": sample_command}
     status = 0
     try:

@@ -11,6 +11,7 @@ FID only if the features come from Inception v3 with published weights.
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -754,12 +755,21 @@ def read_image(path, least=None):
                 raise ValueError("a picture of samples by gan.py")
             if least:
                 image.draft(None, (least, least))
-            pixels = pixels_of(ImageOps.exif_transpose(image))
-            return pixels, 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo with a preview
+            return pixels_of(ImageOps.exif_transpose(image)), pages_of(image)
     except Exception as error:  # Pillow's decoders raise errors of many kinds, but only the system's have a number
-        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.EINVAL):
             raise
         raise ValueError(re.sub(" ['<].*", "", str(error)) or type(error).__name__) from error
+
+
+def pages_of(image):
+    """Returns the number of pages of an open image; 1 for a photo with a preview, and where the others are damaged."""
+    if image.format == "MPO":
+        return 1
+    try:
+        return image.n_frames
+    except Exception:  # of many kinds
+        return 1
 
 
 def pixels_of(image):
@@ -853,9 +863,13 @@ class Cores:
     """
 
     def __init__(self):
-        self.active = False  # the commands turn it on; a program that imports this file keeps its threads
-        self.most = torch.get_num_threads()
+        self.active = False  # a program that imports this file keeps its threads
         self.free = 0  # how often in a row a core was free
+
+    def activate(self):
+        """Turns it on, for a command, unless the user has chosen a number of threads."""
+        self.active = "OMP_NUM_THREADS" not in os.environ
+        self.most = torch.get_num_threads()
         self.start()
 
     def start(self):
@@ -863,15 +877,15 @@ class Cores:
         self.waited = seconds_waited()
 
     def adapt(self):
-        elapsed = time.monotonic() - self.began
-        if not self.active or elapsed < 2:
+        if not self.active or time.monotonic() < self.began + 2:
             return
+        elapsed = time.monotonic() - self.began
         threads = torch.get_num_threads()
         missing = (seconds_waited() - self.waited) / elapsed  # cores
         if missing > 0.25 and threads > 1:
             self.use(max(1, threads - math.ceil(missing)))
         elif threads < self.most:
-            self.free = self.free + 1 if threads + threads_ready() < self.most else 0
+            self.free = self.free + 1 if threads + threads_ready() < os.cpu_count() else 0
             if self.free == 3:
                 self.use(threads + 1)
         self.start()
@@ -885,8 +899,11 @@ class Cores:
 
 def seconds_waited():
     """Returns how long the threads of this process have been ready to run without a core, in seconds."""
-    files = Path("/proc/self/task").glob("*/schedstat")
-    return sum(int(file.read_text().split()[1]) for file in files) / 1e9
+    waited = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            waited += int(file.read_text().split()[1])
+    return waited / 1e9
 
 
 def threads_ready():
@@ -902,15 +919,15 @@ CORES = Cores()
 class Folder:
     """Reads the images below a folder when they are needed.
 
-    Of those read so far: skipped is {file: reason} of undecodable ones, not in len(); pages is the number of pages
-    behind first ones; brightest holds the largest value of each image. runs lists gan.py's runs, left out.
+    Of those read so far: skipped is {file: reason} of undecodable ones, not in len(); pages is {file: pages
+    behind the first}; brightest holds the largest value of each image. runs lists gan.py's runs, left out.
     """
 
     def __init__(self, path):
         self.path = Path(path)
         self.files, self.runs = list_files(self.path)
         self.skipped = {}
-        self.pages = 0
+        self.pages = {}
         self.brightest = []
 
     def __len__(self):
@@ -936,7 +953,7 @@ class Folder:
         except ValueError as error:
             self.skipped[file] = str(error)
             return None
-        self.pages += pages - 1
+        self.pages[file] = pages - 1
         return image.expand(3, -1, -1)
 
 
@@ -1104,8 +1121,9 @@ def folder_notes(folder):
     if folder.skipped:
         some = ", ".join(f"{file} ({reason})" for file, reason in sorted(folder.skipped.items())[:3])
         lines.append(f"{folder.path}: skipped {len(folder.skipped)} files that are no images, such as {some}")
-    if folder.pages:
-        lines.append(f"{folder.path}: left out {folder.pages} pages, since the first of a file stands for it")
+    pages = sum(folder.pages.values())
+    if pages:
+        lines.append(f"{folder.path}: left out {pages} pages, since the first of a file stands for it")
     if folder.runs:
         lines.append(f"{folder.path}: left out the runs {', '.join(map(str, folder.runs[:3]))}")
     typical = sorted(folder.brightest)[len(folder.brightest) // 2]
@@ -1133,7 +1151,7 @@ def main(argv=None):
     warnings.simplefilter("ignore")  # of Pillow, NumPy and torch: advice to programmers
     try:
         args = make_parser().parse_args(argv)
-        CORES.active = "OMP_NUM_THREADS" not in os.environ
+        CORES.activate()
         result = run(args)
         if args.json:
             print(json.dumps(result, indent=2))

@@ -23,7 +23,6 @@ import sys
 import tarfile
 import time
 import urllib.error
-import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -1278,6 +1277,22 @@ def test_read_rows_skips_what_is_no_row(tmp_path):
     assert gan.read_rows(path) == [{"step": 1}]
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG", "webp", "tif", "gif", "bmp"])
+def test_write_picture_writes_the_format_of_its_name(suffix, tmp_path):
+    """Pillow, which reads the format from the bytes; JPEG and GIF lose some of a gray picture."""
+    gan.write_picture(tmp_path / f"x.{suffix}", torch.full((3, 8, 8), 130, dtype=torch.uint8))
+    with Image.open(tmp_path / f"x.{suffix}") as image:
+        assert image.format == Image.registered_extensions()[f".{suffix.lower()}"]
+        assert gap(pil_to_tensor(image.convert("L")).float(), torch.full((1, 8, 8), 130.0)) <= 2
+
+
+def test_write_picture_refuses_other_names(tmp_path):
+    """The definition."""
+    with pytest.raises(gan.UserError, match="pictures end in"):
+        gan.write_picture(tmp_path / "x.txt", torch.zeros(3, 8, 8, dtype=torch.uint8))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_append_row_stands_alone_behind_half_a_line(tmp_path):
     """By hand: what a killed process leaves."""
     path = tmp_path / "x.jsonl"
@@ -1328,8 +1343,10 @@ def cores(monkeypatch):
     monkeypatch.setattr(gan, "threads_ready", lambda: machine.ready)
     monkeypatch.setattr(torch, "get_num_threads", lambda: machine.threads)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(machine, "threads", n))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = gan.Cores()
-    cores.active = True
+    cores.activate()
 
     def after(waiting, ready=0):
         machine.now += 2
@@ -1379,7 +1396,7 @@ def test_main_keeps_a_number_of_threads_that_was_given(program, given, monkeypat
     monkeypatch.delenv("OMP_NUM_THREADS")
     if given:
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.setattr(program.CORES, "active", None)
+    monkeypatch.setattr(program, "CORES", program.Cores())
     with contextlib.suppress(SystemExit):
         program.main(["sample", "--run", "nowhere"] if program is gan else ["nowhere", "nowhere"])
     assert program.CORES.active is not given
@@ -1398,6 +1415,15 @@ with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
     print(gan.seconds_waited() - before, gan.threads_ready())
     other.kill()
 """
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone says how long threads wait")
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone says how long threads wait")
+def test_seconds_waited_skips_threads_that_have_ended(monkeypatch):
+    """By hand: one of two files cannot be read any more."""
+    files = [Path("/proc/self/schedstat"), Path("/proc/self/task/0/schedstat")]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: files)
+    assert gan.seconds_waited() >= 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone says how long threads wait")
@@ -1443,13 +1469,13 @@ def test_load_torchvision_reads_colours(monkeypatch):
     assert np.array_equal(images.permute(0, 2, 3, 1), pixels)
     assert labels.tolist() == [1, 0, 1, 1]
     assert classes == ["airplane", "automobile"]
+    assert gan.hash_of(images) == hashlib.sha256(pixels.transpose(0, 3, 1, 2).tobytes()).hexdigest()
 
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    """Puts an archive of 1,360 pictures, each of its class's shade, where the download would have put it."""
-    path = tmp_path / ".flowers17" / "17flowers.tgz"
-    path.parent.mkdir()
+    """Lets the download give an archive of 1,360 pictures, each of its class's shade; returns a folder for data."""
+    path = tmp_path / "17flowers.tgz"
     with tarfile.open(path, "w:gz") as file:
         for i in range(1360):
             picture = io.BytesIO()
@@ -1458,7 +1484,10 @@ def archive(tmp_path, monkeypatch):
             entry.size = len(picture.getvalue())
             file.addfile(entry, io.BytesIO(picture.getvalue()))
     monkeypatch.setattr(gan, "FLOWERS_MD5", hashlib.md5(path.read_bytes()).hexdigest())
-    return tmp_path
+    utils = torchvision.datasets.utils
+    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, **options: url)
+    monkeypatch.setattr(utils, "_urlretrieve", lambda url, file, **options: shutil.copyfile(path, file))
+    return tmp_path / "data"
 
 
 def test_load_images_arranges_the_flowers_by_class(archive):
@@ -1479,12 +1508,24 @@ def test_load_images_fetches_the_flowers_once(archive, monkeypatch):
 
 
 def test_load_images_refuses_a_damaged_archive_of_the_flowers(archive, monkeypatch):
-    """Its MD5, which is not that of the real one; without a network it cannot be fetched anew."""
+    """Its MD5, which is not that of the archive; nothing is left behind."""
     monkeypatch.setattr(gan, "FLOWERS_MD5", "0" * 32)
-    monkeypatch.setattr(urllib.request, "urlopen", raising(urllib.error.URLError("offline")))
-    with pytest.raises(gan.UserError, match="not a readable copy of the flowers"):
+    with pytest.raises(gan.UserError, match="not a readable folder of flowers"):
         gan.load_images("flowers17", 16, 3, archive)
-    assert not (archive / "flowers17").exists()
+    assert list(archive.iterdir()) == []
+
+
+def test_fetch_flowers_takes_the_folder_of_a_faster_process(archive, monkeypatch):
+    """The definition: the folder that appeared meanwhile stays, and nothing is left beside it."""
+    download = gan.download_and_extract_archive
+
+    def slow(*args, **options):
+        download(*args, **options)
+        (archive / "flowers17").mkdir()
+
+    monkeypatch.setattr(gan, "download_and_extract_archive", slow)
+    assert gan.fetch_flowers(archive / "flowers17") == archive / "flowers17"
+    assert [path.name for path in archive.iterdir()] == ["flowers17"]
 
 
 @pytest.fixture
@@ -1562,6 +1603,12 @@ def test_load_folder_leaves_runs_out_and_says_so(run, tmp_path, capsys):
     bmp_folder(tmp_path / "pictures", 200)
     assert len(gan.load_images(str(tmp_path), 16, 3)[0]) == 4
     assert "left out the runs runs/0000" in capsys.readouterr().out
+
+
+def test_load_folder_refuses_a_run(run):
+    """The definition: its pictures are no data."""
+    with pytest.raises(gan.UserError, match="is a run of gan.py"):
+        gan.load_images(str(run), 16, 3)
 
 
 @pytest.mark.parametrize("stray", ["log.jsonl", "checkpoint.pt", "config.json"])
@@ -1834,6 +1881,28 @@ def test_read_image_puts_transparency_on_white(tmp_path):
     assert decoded[:, 11, 7].tolist() == [204, 204, 224]
 
 
+def test_read_image_takes_the_first_page_before_damaged_ones(tmp_path):
+    """TIFF's definition: a head leads to the tags of the first page, these to those of the second, which are zeroed."""
+    pages = [Image.new("L", (16, 16), shade) for shade in (9, 80)]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    content = bytearray((tmp_path / "x.tif").read_bytes())
+    first = int.from_bytes(content[4:8], "little")
+    after = first + 2 + 12 * int.from_bytes(content[first : first + 2], "little")
+    second = int.from_bytes(content[after : after + 4], "little")
+    content[second + 2 :] = bytes(len(content) - second - 2)
+    (tmp_path / "x.tif").write_bytes(content)
+    pixels, pages = gan.read_image(tmp_path / "x.tif")
+    assert (pixels == 9).all()
+    assert pages == 1
+
+
+def test_read_image_raises_a_value_error_for_an_impossible_offset(tmp_path):
+    """BigTIFF's definition: the offset of the first page, here 2^62, which no file can be read at."""
+    (tmp_path / "x.tif").write_bytes(b"II+\0\x08\0\0\0" + (2**62).to_bytes(8, "little") + bytes(64))
+    with pytest.raises(ValueError):
+        gan.read_image(tmp_path / "x.tif")
+
+
 def test_read_image_reduces_large_jpegs_alone(tmp_path):
     """JPEG's definition: its blocks can be decoded at an eighth; Pillow keeps both sides at least as asked."""
     image = to_pil_image(color_picture()).resize((320, 480))
@@ -2064,6 +2133,20 @@ def test_read_checkpoint_for_resume_reports_a_damaged_optimizer(value, content, 
     assert "not a readable" in fails(capsys, "train", "--resume", own_run, "--steps", "9")
 
 
+def test_load_takes_an_optimizer_of_another_kind(config):
+    """The definition: a subclass chooses its optimizers, whose state has names of its own."""
+
+    class Other(gan.GAN):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.opt_G = torch.optim.RMSprop(self.G.parameters(), 1e-4)
+            self.opt_D = torch.optim.SGD(self.D.parameters(), 1e-4, momentum=0.9)
+
+    run = gan.train(config, model=Other)
+    gan.train(replace(config, steps=5), run, Other)
+    assert gan.read_checkpoint(run)["steps"] == 5
+
+
 def test_load_reports_an_optimizer_of_other_networks(content, own_run, capsys):
     """The definition: Adam's moments have the shapes of the weights."""
     state = copy.deepcopy(content["opt_G"])
@@ -2135,8 +2218,9 @@ def test_cut_log_keeps_odd_lines_aside(line, tmp_path, capsys):
     log.write_bytes(before)
     gan.cut_log(log, 4)
     assert log.read_text() == '{"step": 1}\n'
-    assert (tmp_path / "log-odd.jsonl").read_bytes() == before
-    assert "log-odd.jsonl keeps them" in capsys.readouterr().out
+    [odd] = tmp_path.glob("log-odd-*.jsonl")
+    assert odd.read_bytes() == before
+    assert f"{odd} keeps them" in capsys.readouterr().out
 
 
 def test_cut_log_says_nothing_of_a_log_of_rows(tmp_path, capsys):
@@ -2294,15 +2378,16 @@ def test_describe_counts_the_images_of_unequal_classes():
     "seconds, expected",
     [
         (1, []),
-        (3, ["this will take some 3 hours"]),
-        (24, ["this will take some 24 hours", "--steps 2000 would take 12"]),
+        (3, ["this will take 3.0 hours"]),
+        (24, ["this will take 24.0 hours", "--steps 1825 would take 12, and"]),
     ],
 )
 def test_forecast_says_how_long_a_run_takes(seconds, expected, monkeypatch, capsys):
-    """By hand: 3,600 steps are left, of which each takes so many seconds."""
-    monkeypatch.setattr(time, "monotonic", lambda: 100 + 5 * seconds)
-    plan = SimpleNamespace(first=10, steps=3615, began=100)
-    gan.forecast(SimpleNamespace(steps=15), plan)
+    """By hand: 3,600 steps are left after step 25, each of so many seconds; only the first ones are slow."""
+    plan = SimpleNamespace(first=10, steps=3625)
+    for step, now in ((11, 90), (15, 100), (16, 100 + seconds), (25, 100 + 10 * seconds), (26, 999)):
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+        gan.forecast(SimpleNamespace(steps=step), plan)
     lines = capsys.readouterr().out.splitlines()
     assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
 
@@ -4437,6 +4522,16 @@ def test_run_notes_the_pages_and_runs_that_are_left_out(score, tmp_path):
     notes = score(tmp_path, tmp_path)["notes"]
     assert f"{tmp_path}: left out 3 pages, since the first of a file stands for it" in notes
     assert f"{tmp_path}: left out the runs run" in notes
+
+
+def test_folder_counts_pages_once(tmp_path):
+    """By hand: several scores read a folder several times."""
+    pages = [Image.new("L", (16, 16), shade) for shade in (9, 80, 120, 200)]
+    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
+    folder = metrics.Folder(tmp_path)
+    for _ in range(2):
+        assert len(list(folder.read(8))) == 1
+    assert folder.pages == {Path("stack.tif"): 3}
 
 
 def test_main_knows_the_home_of_the_user(tmp_path, monkeypatch, capsys):

@@ -12,18 +12,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gan
 
-run, *classes = sys.argv[1:]
+run = sys.argv[1]
+classes = sys.argv[2:] or None  # all
 
 # The averaged generator of a run, for noise that is bounded by 1.5.
 G, config = gan.load_generator(run, trunc=1.5)
+print(f"{config.data} at step {G.steps}")
 
-# 16 samples, uint8 [16,C,H,W] from 0 to 255, of the classes in turn or of all.
-images = gan.generate(G, 16, classes or None, seed=0)
+# 16 samples, uint8 [16,C,H,W] from 0 to 255, of the classes in turn.
+images = gan.generate(G, 16, classes, seed=0)
 
 # One picture of them, four in a row.
-gan.write_picture("example.png", gan.tile(images, columns=4))
+sheet = gan.tile(images, columns=4)
+gan.write_picture("example.png", sheet)
 
-# Or by hand: z and the number of a class give images in [-1,1].
+# Or by hand: z and the number of a class give an image [1,C,H,W] in [-1,1].
 z = gan.sample_z(1, G.z_dim, G.trunc)
-x = G(z, gan.choose_classes(G, 1))
-print(f"{config.data} at step {G.steps}: wrote example.png; by hand an image of {tuple(x.shape)}")
+y = gan.choose_classes(G, 1)
+x = G(z, y)
+print(tuple(x.shape))

@@ -99,14 +99,15 @@ def draw(samples, images, ratios, numbers):
 
     ratios [n]; numbers [n,k] of the images. Returns the figure.
     """
-    pictures = torch.cat([samples[:, None], pick(images, numbers)], dim=1)
     figure = Figure((8, 8.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    least = ratios.argsort()[:ROWS]
-    draw_rows(left, ratios[least], pictures[least])
-    draw_rows(right, ratios[:ROWS], pictures[:ROWS])
-    left.set_title("the samples of least ratio")
-    right.set_title("samples at random")
+    titles = {
+        "the samples of least ratio": ratios.argsort()[:ROWS],
+        "samples at random": torch.arange(len(ratios))[:ROWS],
+    }
+    for axes, (title, rows) in zip(figure.subplots(1, 2), titles.items()):
+        pictures = torch.cat([samples[rows, None], pick(images, numbers[rows])], dim=1)
+        draw_rows(axes, ratios[rows], pictures)
+        axes.set_title(title)
     return figure
 
 

@@ -153,8 +153,8 @@ def progress(run):
         return 0, 1
     last = log[-1]
     config = SimpleNamespace(**json.loads((run / "config.json").read_text()))
-    per_epoch = round(last["step"] / last["epoch"], 6)
-    return last["step"], gan.planned_steps(config, per_epoch)
+    batches = round(last["step"] / last["epoch"] * config.d_steps)  # per epoch
+    return last["step"], gan.planned_steps(config, batches / config.d_steps)
 
 
 def threads_of(at_once):
