@@ -917,7 +917,10 @@ def load_folder(folder, size, channels):
 
 
 def classes_of(files):
-    """Takes the first sub-folder of each file as its class: labels int64 [N], or zeros, and the class names."""
+    """Takes the first sub-folder of each file as its class: labels int64 [N] and class names.
+
+    Where a file lies in no sub-folder, there are no classes: the labels are zeros, and there are no names.
+    """
     beside = [file for file in files if len(file.parts) == 1]
     if beside:
         if len(beside) < len(files):
@@ -1066,6 +1069,7 @@ def pixels_of(image):
 
 
 def cache_folder():
+    """Returns the Path where decoded images and their features are kept."""
     home = os.path.expanduser("~").replace("~", tempfile.gettempdir())  # some users have no home
     return Path(os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache", "gan.py")
 
@@ -1535,10 +1539,12 @@ def pick_dtype(amp, device):
 
 # ---- Several processes, started by torchrun: each draws the noise of the whole batch and takes its rows of everything
 def n_ranks():
+    """Returns the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank():
+    """Returns the number of this process, from 0."""
     return dist.get_rank() if n_ranks() > 1 else 0
 
 
@@ -1757,12 +1763,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(text, low=0, high=2**32 - 1):
+    """Reads a whole number in a range, for argparse."""
     if not (text.isdecimal() and low <= int(text) <= high):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} to {high}")
     return int(text)
 
 
 def truncation(text):
+    """Reads a bound of |z|, for argparse: a number, or None for "none"."""
     return None if text == "none" else float(text)
 
 
@@ -1872,7 +1880,7 @@ def draw_class(c, n, size):
     def vary(low, high):
         return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
 
-    def paint(inside, hue, pale, value):  # where the signed distance to the edge is positive; hue in turns
+    def paint(inside, hue, pale, value):  # where the distance inside an edge is positive; as HSV, pale: 1 - saturation
         waves = [torch.cos(2 * math.pi * (hue - turn)) for turn in (0, 1 / 3, 2 / 3)]
         wheel = torch.stack(waves, dim=1) / 2 + 0.5
         color = (pale + (1 - pale) * wheel) * value[:, None]
