@@ -560,6 +560,7 @@ def standing_generator(G, trunc=None, n_batches=20, batch=64):
     device = next(G.parameters()).device
     generator = torch.Generator().manual_seed(0)
     for i in range(n_batches):
+        CORES.adapt()  # leaves cores to other programs
         z = sample_z(batch, G.z_dim, trunc, generator)
         y = choose_classes(G, batch, seed=i)
         standing(z.to(device), y.to(device))
@@ -581,7 +582,7 @@ def render(G, z, y, batch=64):
     """Yields the samples of z[n,z_dim] and y[n]: uint8 [<=batch,C,H,W] on the CPU."""
     device = next(G.parameters()).device
     for some_z, some_y in zip(z.split(batch), y.split(batch)):
-        CORES.adapt()  # leaves cores to other programs
+        CORES.adapt()
         yield to_uint8(G(some_z.to(device), some_y.to(device))).cpu()
 
 

@@ -101,6 +101,7 @@ def main():
         work = commands(args.extractor, args.steps)
         run([*work["gan.py train, 32 px"], "base"], folder, None)
         run(work["gan.py sample --n 2000"], folder, None)
+        run(work["gan.py eval"], folder, None)  # which keeps the features of the images
         for name, argv in work.items():
             for n in sorted({0, 1, cores}):
                 with busy(n):
