@@ -694,8 +694,8 @@ def clear_leftovers(folder):
                 part.unlink()
 
 
-def write_picture(path, picture, software=SHEET):
-    """Writes a picture uint8 [3,H,W] in the format that the path ends in; a PNG names the software that made it."""
+def write_picture(path, picture, software="gan.py"):
+    """Writes a picture uint8 [3,H,W] in the format that the path ends in; SHEET as software marks it as no data."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
         raise UserError(f"{path}: pictures end in .png, .jpg, .webp or the like")
@@ -1298,7 +1298,7 @@ def open_run(gan, run):
         clear_leftovers(run.folder / "samples")
         cut_log(run.folder / "log.jsonl", gan.steps)
         write_config(gan, run)
-        write_picture(run.folder / "real.png", run.real)
+        write_picture(run.folder / "real.png", run.real, SHEET)
         yield
 
 
@@ -1496,7 +1496,7 @@ def save(gan, run, draws):
     if rank() == 0:
         if draws:
             picture = sample_grid(standing_generator(gan.G_ema))
-            write_picture(run.folder / "samples" / f"{gan.steps:07d}.png", picture)
+            write_picture(run.folder / "samples" / f"{gan.steps:07d}.png", picture, SHEET)
         gan.save(run.folder / "checkpoint.pt")
         ended = gan.after_save(run.folder)
     run.saved = time.monotonic()
@@ -1630,7 +1630,7 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
     folder = checkpoint_of(run).parent
     generators = {trunc: G if trunc is None else standing_generator(G, trunc) for trunc in truncs}
     for trunc, standing in generators.items():
-        write_picture(folder / f"eval-trunc-{trunc}.png".lower(), sample_grid(standing, seed=seed))
+        write_picture(folder / f"eval-trunc-{trunc}.png".lower(), sample_grid(standing, seed=seed), SHEET)
 
     # Score the samples.
     score = scorer(images, extractor, device)
@@ -1721,7 +1721,7 @@ def sample_command(args, model):
     run = find_run(args.run, args.runs)
     G, _ = load_generator(run, join(args.device), args.trunc, model)
     if kind == ".png":
-        write_picture(out, picture_of(G, args))
+        write_picture(out, picture_of(G, args), SHEET)
     else:
         n = args.n or 10 * (len(args.classes) or G.num_classes or 8)
         every = range(G.num_classes)
@@ -1752,7 +1752,7 @@ def write_samples(out, G, n, labels, seed):
         return
     for i, (image, label) in enumerate(zip(images, labels)):
         folder = out / G.classes[label] if G.num_classes else out
-        write_picture(folder / f"{i:05d}.png", image, "gan.py, a sample")
+        write_picture(folder / f"{i:05d}.png", image)
 
 
 class Parser(argparse.ArgumentParser):

@@ -24,7 +24,7 @@ images = gan.generate(G, 16, classes, seed=0)
 
 # One picture of them, four in a row.
 sheet = gan.tile(images, columns=4)
-gan.write_picture("example.png", sheet)
+gan.write_picture("example.png", sheet, gan.SHEET)
 
 # Or by hand: z and the number of a class give an image [1,C,H,W] in [-1,1].
 z = gan.sample_z(1, G.z_dim, G.trunc)

@@ -198,7 +198,7 @@ def ring(seeds, steps, out):
         mean = sum(near) / seeds
         gan.say(f"| {k} | {found} | {mean:.0%} ({min(near):.0%} to {max(near):.0%}) |")
         pictures += [*map(draw, samples[0]), draw(real)]
-    gan.write_picture(out, gan.tile(torch.stack(pictures), columns=7))
+    gan.write_picture(out, gan.tile(torch.stack(pictures), columns=7), gan.SHEET)
 
 
 def ring_command(argv):
