@@ -4,7 +4,7 @@
     python recipes/film.py RUN --trunc 0.7 --out walk.webp         # eight walks between random z, there and back
     python recipes/film.py RUN --training --out training.gif    # the grids of the run's folder samples in turn
 
-Takes `run_command` from report.py.
+Takes `sampling_parser` and `run_command` from report.py.
 """
 
 import sys
@@ -56,12 +56,8 @@ def make_film(run, runs, trunc, classes, seed, training_film, out):
 
 
 def main(argv=None):
-    parser = gan.Parser(prog="film.py", description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", help="run, by name or path, or checkpoint file (the newest run)")
-    parser.add_argument("--runs", default="runs", help="folder that holds the runs (runs)")
-    parser.add_argument("--trunc", type=gan.truncation, help="bound of |z| (none)")
+    parser = report.sampling_parser("film.py", __doc__)
     parser.add_argument("--classes", nargs="+", help="names or numbers, to go through in turn (random)")
-    parser.add_argument("--seed", type=gan.whole_number, default=0, help="seed of the noise (0)")
     parser.add_argument("--training", action="store_true", dest="training_film", help="show the run's own grids")
     parser.add_argument("--out", type=Path, default=Path("film.webp"), help=".gif or .webp (film.webp)")
     report.run_command(make_film, parser, argv)

@@ -15,7 +15,7 @@ sample near an image that is unlike all others. Such real images are mostly pict
 these are not found.
 
 Where the run mirrored its images, mirror images count as well, except that no image is compared with its own.
-Takes `run_command` and `save_figure` from report.py.
+Takes `sampling_parser`, `run_command` and `save_figure` from report.py.
 """
 
 import sys
@@ -173,14 +173,10 @@ def show_nearest(run, runs, trunc, n, extractor, data, seed, device, out):
 
 
 def main(argv=None):
-    parser = gan.Parser(prog="nearest.py", description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", help="run, by name or path, or checkpoint file (the newest run)")
-    parser.add_argument("--runs", default="runs", help="folder that holds the runs (runs)")
-    parser.add_argument("--trunc", type=gan.truncation, help="bound of |z| (none)")
+    parser = report.sampling_parser("nearest.py", __doc__)
     parser.add_argument("--n", type=lambda n: gan.whole_number(n, 1, 10**7), help="samples (as many as images)")
     parser.add_argument("--extractor", help="a network to compare by, as for gan.py eval (colours at 16 x 16)")
     parser.add_argument("--data", help="where the training images lie now (where they lay at training)")
-    parser.add_argument("--seed", type=gan.whole_number, default=0, help="seed of the noise (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
     parser.add_argument("--out", type=Path, help="picture to write, a .png (nearest.png in the run's folder)")
     report.run_command(show_nearest, parser, argv)

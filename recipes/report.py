@@ -254,6 +254,16 @@ def group_runs(runs):
 
 
 # ---- What other recipes take
+def sampling_parser(prog, doc):
+    """Makes the parser of a recipe that draws samples of a run: run, --runs, --trunc and --seed."""
+    parser = gan.Parser(prog=prog, description=doc.splitlines()[0])
+    parser.add_argument("run", nargs="?", help="run, by name or path, or checkpoint file (the newest run)")
+    parser.add_argument("--runs", default="runs", help="folder that holds the runs (runs)")
+    parser.add_argument("--trunc", type=gan.truncation, help="bound of |z| (none)")
+    parser.add_argument("--seed", type=gan.whole_number, default=0, help="seed of the noise (0)")
+    return parser
+
+
 def run_command(function, parser, argv=None):
     """Calls a function with the flags of a command line; what the user did wrong ends in one line and exit status 2."""
     args = parser.parse_args(argv)
