@@ -1359,6 +1359,8 @@ def prepare(config, resume=None, model=GAN):
     gan = model(config, len(classes) if config.cond else 0, device)
     gan.classes = classes if config.cond else []
     gan.images = hash_of(images)
+    if config.compile:
+        CORES.active = False  # another number of threads would compile anew
     folder = None
     if resume:
         gan.load(resume)
@@ -1561,8 +1563,10 @@ def join(name):
     except Exception as error:  # of many kinds, by what torch was built with
         raise UserError(f"no device {name!r} here, where --device cpu --amp auto would work: {cause(error)}")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # the shapes stay the same, so that the search for fast kernels pays
+        if device.index is not None:  # set_device refuses a plain "cuda", which is the current device already
+            torch.cuda.set_device(device)
+        # The shapes stay the same, so that the search for fast kernels pays; it may find others each time.
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     if launched and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))  # one may decode longer than another
