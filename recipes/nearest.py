@@ -12,9 +12,16 @@ practice it is less, since some images are nearest to many, and so it is measure
 out and stands for a sample. A share of samples above that of real images tells of copies; one below it tells nothing
 good, since noise has a share of 0. A ratio below 1/2 is seldom chance, and the picture shows what it is: a copy, or a
 sample near an image that is unlike all others. Such real images are mostly pictures that the set holds twice; copies of
-these are not found.
+these are not found. Where the run mirrored its images, mirror images count as well, except that no image is compared
+with its own.
 
-Where the run mirrored its images, mirror images count as well, except that no image is compared with its own.
+The table in recipes/README.md: the 17-category flowers at 32 px with classes, 1,575 steps of version 0.9, one seed,
+1,360 samples. A tenth of the real images have a ratio below 1/2, since the set holds some 70 pictures twice, some of
+them mirrored. The lily on the right of the picture, in the second row, is nearest to such a pair: its ratio of 11 says
+nothing. Of 1,906 samples of emoji (the same steps, by colours) 4.8% have a ratio below 1 and one below 1/2, no copy but
+a dark square nearest to the plain black one. With a tenth of the flowers' samples replaced by training images with
+noise (a deviation of 10 of 255), 9.1% of the samples have a ratio below 1/2 by colours; the rest are copies of pictures
+that the set holds twice.
 Takes `sampling_parser`, `run_command` and `save_figure` from report.py.
 """
 
