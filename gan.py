@@ -50,8 +50,8 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.utils import make_grid
 
-__version__ = "0.9"
-FORMAT = 2  # of checkpoints; it changes with the networks and with what a checkpoint holds
+__version__ = "0.10"
+FORMAT = 3  # of checkpoints; it changes with the networks and with what a checkpoint holds
 
 
 # ---- Networks
@@ -81,6 +81,9 @@ class Generator(nn.Module):
         # so small weights change faster in proportion.
         for layer in (self.linear, *layers_of(self.blocks, nn.Conv2d)):
             layer.weight.data *= 0.1
+        # At first e moves the channels more than it scales them: gains of full scale tear shapes apart.
+        for norm in layers_of(self.blocks, AdaptiveBatchNorm):
+            norm.gain_bias.weight.data[: norm.norm.num_features] *= 0.3
 
     def forward(self, z, y=None):
         e = torch.cat([z, self.embed(y)], dim=1) if self.num_classes else z
@@ -139,7 +142,8 @@ class Discriminator(nn.Module):
         orthogonal_init(self)
         for layer in layers_of(self, nn.Conv2d, nn.Linear, nn.Embedding):
             layer.weight.data *= 0.3  # spectral norm cancels the scale, so small weights change faster, as in G
-            register_parametrization(layer, "weight", SpectralNorm(layer.weight))
+            meets_relu = getattr(layer, "kernel_size", None) == (3, 3)  # which takes half of the power (1502.01852)
+            register_parametrization(layer, "weight", SpectralNorm(layer.weight, 2**0.5 if meets_relu else 1))
 
     def features(self, x):
         """Computes phi(x): images [N,channels,size,size] -> [N,C], at least float32."""
@@ -265,8 +269,18 @@ class GAN:
         with self.autocast:  # one pass over both: fewer, larger products
             real_logits, fake_logits = self.D(both, y.repeat(2)).chunk(2)
         loss = D_LOSSES[self.config.loss](real_logits, fake_logits)
-        self.descend(self.opt_D, loss)
+        self.descend(self.opt_D, loss + self.slope_penalty(real, y))
         return loss.detach(), real_logits.detach(), fake_logits.detach()
+
+    def slope_penalty(self, real, y):
+        """Returns the penalty r1 / 2 |dD/dx|^2 at augmented real[B,C,H,W] (arXiv 1801.04406), a scalar."""
+        if self.config.r1 == 0 or self.steps % 16:  # a second derivative is slow: every 16th step, of a quarter
+            return 0
+        x = diff_augment(real[::4], self.config.augment).requires_grad_()
+        with self.autocast:
+            logits = self.D.forward(x, y[::4])  # a call may be compiled, which allows no second derivative
+        (slopes,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+        return 16 * self.config.r1 / 2 * slopes.square().sum(dim=(1, 2, 3)).mean()
 
     def update_G(self, real, fake, y, real_logits):
         """Takes one step of G on its samples fake [B,C,H,W] of the classes y[B]; returns its loss, a scalar."""
@@ -387,13 +401,14 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class SpectralNorm(nn.Module):
-    """Divides a weight by its largest singular value; unlike torch's, in float32 even under autocast.
+    """Gives a weight the largest singular value `gain`; unlike torch's, in float32 even under autocast.
 
     Each forward pass in training makes one power iteration, on the weight as a matrix [shape[0], rest].
     """
 
-    def __init__(self, weight):
+    def __init__(self, weight, gain=1):
         super().__init__()
+        self.gain = gain
         self.register_buffer("u", F.normalize(torch.randn(weight.shape[0]), dim=0))
         self.register_buffer("v", F.normalize(torch.randn(weight[0].numel()), dim=0))
         for _ in range(15):
@@ -407,7 +422,7 @@ class SpectralNorm(nn.Module):
                     self.v.copy_(F.normalize(matrix.T.mv(self.u), dim=0))
                     self.u.copy_(F.normalize(matrix.mv(self.v), dim=0))
             # Clones, since a second forward pass may move u and v before the backward pass of the first.
-            return weight / self.u.clone().dot(matrix.mv(self.v.clone()))
+            return weight * (self.gain / self.u.clone().dot(matrix.mv(self.v.clone())))
 
 
 def box(x, divisor, padding):
@@ -1143,6 +1158,7 @@ class Config:
     batch: int = option(64, "images per step, over all processes; at least 2", lambda n: 2 <= n < 1e9)
     lr_G: float = option(4e-4, "Adam's learning rate of the generator", positive)
     lr_D: float = option(4e-4, "Adam's learning rate of the discriminator", positive)
+    r1: float = option(0.1, "weight of the penalty on D's slope at real images", lambda r1: 0 <= r1 < 1e9)
     beta1: float = option(0.0, "Adam's first beta, in [0, 1)", share)
     beta2: float = option(0.99, "Adam's second beta, in [0, 1)", share)
     d_steps: int = option(1, "discriminator updates per step", positive)

@@ -291,6 +291,15 @@ def test_generator_draws_float32_images_in_range(size, channels, num_classes):
     assert x.abs().max() <= 1
 
 
+def test_generator_begins_with_small_gains():
+    """The definition: e moves channels by orthonormal rows, and scales them by rows of length 0.3."""
+    for block in gan.Generator(32, 3, 4, 16, 64).blocks:
+        for norm in (block.norm1, block.norm2):
+            gain, bias = norm.gain_bias.weight.norm(dim=1).detach().chunk(2)
+            assert gap(gain, torch.full_like(gain, 0.3)) < 1e-6
+            assert gap(bias, torch.ones_like(bias)) < 1e-6
+
+
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("num_classes", [0, 3])
@@ -303,11 +312,12 @@ def test_discriminator_gives_a_float32_logit_per_image(size, channels, num_class
 
 
 def true_weight(layer):
-    """Returns the weight of a layer, over its exact spectral norm if it is parametrized."""
+    """Returns the weight of a layer; if parametrized, of exact spectral norm 1, or the root of 2 for a 3x3 kernel."""
     if not hasattr(layer, "parametrizations"):
         return layer.weight
     weight = layer.parametrizations.weight.original
-    return weight / torch.linalg.matrix_norm(weight.flatten(1), 2)
+    norm = math.sqrt(2) if weight.shape[2:] == (3, 3) else 1
+    return norm * weight / torch.linalg.matrix_norm(weight.flatten(1), 2)
 
 
 def convolve(layer, x):
@@ -606,6 +616,27 @@ def test_update_d_returns_its_loss_and_both_logits(loss):
     assert gap(loss_D, gan.D_LOSSES[loss](real_logits, fake_logits)) < 1e-6
 
 
+@pytest.mark.parametrize("steps, share", [(0, 1), (1, 0), (15, 0), (16, 1)])
+def test_slope_penalty_of_a_linear_d(steps, share):
+    """By hand: the slope is D's weights everywhere; 16 times r1 / 2 of its square on every 16th step."""
+    model = toy(r1=0.3)
+    model.steps = steps
+    real, y = next(random_batches(model.config))
+    weights = torch.randn(real.shape[1:], generator=seeded(2))
+    model.D.forward = lambda x, y: (x * weights).sum(dim=(1, 2, 3))
+    assert model.slope_penalty(real, y) == pytest.approx(share * 2.4 * weights.square().sum().item(), rel=1e-5)
+
+
+def test_update_d_descends_the_slope_penalty():
+    """The definition: the loss of D's step is the table's and the penalty."""
+    model = resting("ns")
+    descended = []
+    model.descend = lambda optimizer, loss: descended.append(loss.item())
+    model.slope_penalty = lambda real, y: 7
+    loss, _, _ = model.update_D(*[next(random_batches(model.config))[0]] * 2, torch.zeros(8, dtype=torch.int64))
+    assert descended[0] == pytest.approx(loss.item() + 7, abs=1e-5)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_update_g_returns_its_loss(loss):
     """The table of losses, of the given real logits and D's logits of the samples."""
@@ -797,24 +828,25 @@ def test_orthogonal_init_makes_rows_orthonormal_and_biases_zero():
         assert not layer.bias.any()
 
 
-def spectral_layer():
+def spectral_layer(gain=1):
     """Returns a linear layer with spectral norm, the norm, and the weight in float64."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 64)
-    norm = gan.SpectralNorm(layer.weight)
+    norm = gan.SpectralNorm(layer.weight, gain)
     torch.nn.utils.parametrize.register_parametrization(layer, "weight", norm)
     return layer, norm, layer.parametrizations.weight.original.detach().double()
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_spectral_norm_divides_in_float32_under_autocast(training):
+@pytest.mark.parametrize("gain", [1, 2])
+def test_spectral_norm_divides_in_float32_under_autocast(training, gain):
     """numpy's u W v in float64, of the norm's own u and v."""
-    layer, norm, W = spectral_layer()
+    layer, norm, W = spectral_layer(gain)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         weight = layer.train(training).weight
     assert weight.dtype == torch.float32
     sigma = norm.u.double() @ W @ norm.v.double()
-    assert gap(weight.detach(), W / sigma) < 1e-6
+    assert gap(weight.detach(), gain * W / sigma) < 1e-6
 
 
 def test_spectral_norm_iterates_in_training():
