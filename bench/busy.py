@@ -3,9 +3,9 @@
 
     python bench/busy.py --extractor net.pt2       # some twelve minutes on two cores, which must be idle before
 
-Each command runs as it comes and with OMP_NUM_THREADS=1, on the idle machine, beside one busy process and beside one
-per core, which this program starts and ends. The commands in one place take turns. Each time is the least of --turns;
-training counts by its step, the other commands whole.
+Each command runs as it comes and with OMP_NUM_THREADS=1, beside one busy process and beside one per core, which this
+program starts and ends, and on the idle machine, there also with a fixed thread per core. The commands in one place
+take turns. Each time is the least of --turns; training counts by its step, the other commands whole.
 """
 
 import argparse
@@ -75,14 +75,14 @@ def commands(extractor, steps):
     }
 
 
-def measure(argv, folder, turns):
-    """Returns the least seconds of a command as it comes and with one thread, in turns."""
-    seconds = {None: [], 1: []}
+def measure(argv, folder, turns, choices):
+    """Lists the least seconds of a command for each choice of threads, in turns; None is as it comes."""
+    seconds = {threads: [] for threads in choices}
     for _ in range(turns):
         for threads, taken in seconds.items():
             words = [*argv, f"{os.getpid()}-{time.monotonic_ns()}"] if argv[-1] == "--name" else argv
             taken.append(seconds_of(words, folder, threads))
-    return min(seconds[None]), min(seconds[1])
+    return [min(taken) for taken in seconds.values()]
 
 
 def main():
@@ -95,7 +95,8 @@ def main():
     args = parser.parse_args()
 
     cores = os.cpu_count()
-    print(f"{cores} cores\n\n| command | busy processes | as it comes | one thread | share of one thread's speed |")
+    print(f"{cores} cores; speeds are shares of those of a fixed number of threads\n")
+    print("| command | busy processes | as it comes | of one thread's speed | of a thread per core's |")
     print("| --- | ---: | ---: | ---: | ---: |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         work = commands(args.extractor, args.steps)
@@ -104,9 +105,11 @@ def main():
         run(work["gan.py eval"], folder, None)  # which keeps the features of the images
         for name, argv in work.items():
             for n in sorted({0, 1, cores}):
+                choices = [None, 1] if n else [None, 1, cores]
                 with busy(n):
-                    ours, one = measure(argv, folder, args.turns)
-                print(f"| {name} | {n} | {ours:.2f} s | {one:.2f} s | {one / ours:.2f} |", flush=True)
+                    ours, *fixed = measure(argv, folder, args.turns, choices)
+                shares = " | ".join(f"{seconds / ours:.2f}" for seconds in fixed)
+                print(f"| {name} | {n} | {ours:.2f} s | {shares} |", flush=True)
 
 
 if __name__ == "__main__":
