@@ -70,8 +70,8 @@ def commands(extractor, steps):
         "gan.py train, 32 px": train.split(),
         "gan.py train, 64 px": train_64.split(),
         "gan.py sample --n 2000": "gan.py sample --n 2000 --out samples.npz --run base".split(),
-        "gan.py eval": ["gan.py", "eval", "--run", "base", "--extractor", extractor],
-        "metrics.py": ["metrics.py", "samples.npz", "samples.npz", "--extractor", extractor],
+        "gan.py eval --n 400": ["gan.py", "eval", "--n", "400", "--run", "base", "--extractor", extractor],
+        "metrics.py, 400 images": ["metrics.py", "some.npz", "some.npz", "--extractor", extractor],
     }
 
 
@@ -101,8 +101,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         work = commands(args.extractor, args.steps)
         run([*work["gan.py train, 32 px"], "base"], folder, None)
-        run(work["gan.py sample --n 2000"], folder, None)
-        run(work["gan.py eval"], folder, None)  # which keeps the features of the images
+        run("gan.py sample --n 400 --out some.npz --run base".split(), folder, None)
+        run(work["gan.py eval --n 400"], folder, None)  # which keeps the features of the images
         for name, argv in work.items():
             for n in sorted({0, 1, cores}):
                 choices = [None, 1] if n else [None, 1, cores]
