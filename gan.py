@@ -265,11 +265,12 @@ class GAN:
 
     def update_D(self, real, fake, y):
         """Takes one step of D on real, fake [B,C,H,W] of the classes y[B]; returns its loss and both logits [B]."""
+        penalty = self.slope_penalty(real, y)  # first: a compiled pass does not survive a later pass before its gradient
         both = torch.cat([diff_augment(real, self.config.augment), diff_augment(fake, self.config.augment)])
         with self.autocast:  # one pass over both: fewer, larger products
             real_logits, fake_logits = self.D(both, y.repeat(2)).chunk(2)
         loss = D_LOSSES[self.config.loss](real_logits, fake_logits)
-        self.descend(self.opt_D, loss + self.slope_penalty(real, y))
+        self.descend(self.opt_D, loss + penalty)
         return loss.detach(), real_logits.detach(), fake_logits.detach()
 
     def slope_penalty(self, real, y):
