@@ -141,6 +141,7 @@ VARIANTS = {
     "5 epochs": "rpgan --steps 4685",
     "30 epochs": "rpgan --steps 28110",
     "with classes": "rpgan --cond",
+    "with classes, 5 epochs": "rpgan --cond --steps 4685",
     "learning rates 0.02": "rpgan --lr-G 0.02 --lr-D 0.02",
     "learning rates 0.000002": "rpgan --lr-G 0.000002 --lr-D 0.000002",
     "learning rate 0.1 of G": "rpgan --lr-G 0.1",

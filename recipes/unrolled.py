@@ -222,13 +222,20 @@ DIGITS = (  # what PLAIN says, but without momentum, with which one seed of thre
     "--plain --lr-G 0.001 --lr-D 0.0003 --beta1 0 --beta2 0.999 --augment none --amp off --device cpu --ema-images 1 "
     "--loss minimax --size 16 --width 128 --z-dim 64 --sample-every 1000"
 )
+CONVOLUTIONS = "--no-plain --loss ns --width 16"
+VARIANTS = {
+    "k = 0": "--unroll 0",
+    "k = 4": "--unroll 4",
+    "convolutions, k = 0": f"{CONVOLUTIONS} --unroll 0",
+    "convolutions, k = 4": f"{CONVOLUTIONS} --unroll 4",
+}
 STUDY = digits.Study(
     name="unrolled",
     model=Unrolled,
     data="mnist",
     steps=2000,
     flags=DIGITS,
-    variants={"k = 0": "--unroll 0", "k = 4": "--unroll 4"},
+    variants=VARIANTS,
     columns={"entropy of the digits, bits": 2},
     score=lambda logits, due: (digits.entropy(logits),),
     draw=digits.draw_strips,
