@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command `NAME.py study` of wgan.py, conditional.py, dcgan.py and unrolled.py: variants that draw digits.
+"""The command `NAME.py study` of wgan.py, conditional.py, dcgan.py, losses.py and unrolled.py: variants on digits.
 
 A network that reads digits, by classifier.py, judges the samples of each run. Takes the runner from study.py, and
 `read_log`, `run_command` and `save_figure` from report.py.
