@@ -22,16 +22,18 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import classifier
 import gan
 import metrics
 import report
-from invert import invert
+from invert import invert, line
 
 LATENTS = 100
 BATCH = 128
+FACTORS = (0, 0.02, 0.2, 2)  # of the moment loss
 
 
 class Autoencoder(nn.Module):
@@ -87,8 +89,8 @@ def kolmogorov_distance(z):
     return torch.maximum(after, before).amax(dim=0)
 
 
-def train(images, test, epochs, moments=True, seed=0, batch=BATCH):
-    """Trains an autoencoder on uint8 images [N,1,32,32], with the moment loss or without.
+def train(images, test, epochs, factor, seed=0, batch=BATCH):
+    """Trains an autoencoder on uint8 images [N,1,32,32]; the moment loss has this factor in the last epoch.
 
     Returns it, frozen, and the latents of uint8 test[M,1,32,32] after each epoch, [epochs,M,100].
     """
@@ -100,7 +102,8 @@ def train(images, test, epochs, moments=True, seed=0, batch=BATCH):
     dtype = gan.pick_dtype("auto", torch.device("cpu"))
     history = []
     for epoch in range(epochs):
-        factor = 0.001 * 2048 ** (epoch / max(1, epochs - 1))  # up to 2.048: rebuild first, then shape
+        so_far = epoch / max(1, epochs - 1)
+        weight = factor * 2048 ** (so_far - 1)  # rebuild first, then shape
         net.train()
         for i in torch.randperm(len(images)).split(batch)[:per_epoch]:
             x = gan.to_float(images[i])
@@ -108,8 +111,8 @@ def train(images, test, epochs, moments=True, seed=0, batch=BATCH):
                 z = net.encode(x).float()  # fourth moments need float32
                 restored = net.decode(z).float()
             loss = F.mse_loss(restored, x)
-            if moments:
-                loss = loss + factor * moment_loss(z)
+            if factor:
+                loss = loss + weight * moment_loss(z)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -117,21 +120,30 @@ def train(images, test, epochs, moments=True, seed=0, batch=BATCH):
         net.eval()
         with torch.no_grad():
             history.append(net.encode(gan.to_float(test)))
-        gan.say(f"epoch {epoch + 1}/{epochs}  factor {factor:.3f}  loss {loss.item():.4f}")
+        gan.say(f"epoch {epoch + 1}/{epochs}  factor {weight:.3g}  loss {loss.item():.4f}")
     return net.requires_grad_(False), torch.stack(history)
 
 
-def walk(ends, columns=9):
-    """Goes in straight lines from ends[0] to ends[1], from ends[2] to ends[3], ...: [N,D] -> [N/2*columns,D]."""
-    starts = ends[0::2, None]
-    ends = ends[1::2, None]
-    t = torch.linspace(0, 1, columns)[:, None]
-    return torch.lerp(starts, ends, t).flatten(0, 1)
+def fit_mixture(z, k=50, rounds=20):
+    """Fits k normals with covariances of their own to z[N,D] by expectation-maximisation; returns their mixture."""
+    chosen = torch.randperm(len(z))[:k]
+    nearest = torch.cdist(z, z[chosen]).argmin(dim=1)
+    shares = F.one_hot(nearest, k).float()  # of each normal in each z, [N,k]
+    least = 1e-3 * torch.eye(z.shape[1])
+    for _ in range(rounds):
+        counts = shares.sum(dim=0)
+        means = shares.T @ z / counts[:, None]
+        covariances = [torch.cov(z.T, correction=0, aweights=share) for share in shares.T]
+        normals = MultivariateNormal(means, torch.stack(covariances) + least)
+        densities = [normals.log_prob(some[:, None]) for some in z.split(1000)]
+        logits = torch.cat(densities) + counts.log()
+        shares = logits.softmax(dim=1)
+    return MixtureSameFamily(Categorical(counts), normals)
 
 
 def draw_figure(path, history, pictures):
     """Writes a figure: distributions of the latents history[epochs,M,100], and {title: uint8 images [n,1,32,32]}."""
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    figure = Figure(figsize=(15, 6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2))
     x = torch.linspace(-3, 3, 200)
     panels = top.subplots(1, 4, sharey=True)
@@ -141,6 +153,7 @@ def draw_figure(path, history, pictures):
         axes.plot(x, torch.stack(shares), color="tab:blue", linewidth=0.3)
         axes.plot(x, torch.special.ndtr(x), "k--")
         axes.set_title(f"latents after epoch {epoch}")
+    bottom.suptitle("two rows each of N(0,1), of noise as wide as each latent, of the mixture, and of walks")
     panels = bottom.subplots(1, len(pictures), squeeze=False)[0]
     for axes, (title, images) in zip(panels, pictures.items()):
         axes.imshow(gan.tile(images, 9).permute(1, 2, 0).numpy())
@@ -150,7 +163,7 @@ def draw_figure(path, history, pictures):
 
 
 def study(data_dir, extractor, run, epochs, seed, out):
-    """Trains the autoencoder without and with the moment loss, and scores both beside a GAN's run."""
+    """Trains the autoencoder with each factor of the moment loss, and scores what it draws beside a GAN's run."""
     G = load_gan(run) if run else None
     network = metrics.load_extractor(extractor)
     images, _, _ = gan.load_images("mnist", 32, 1, data_dir)
@@ -163,21 +176,30 @@ def study(data_dir, extractor, run, epochs, seed, out):
     drawn = {}
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(test), LATENTS, generator=generator)
-    for name, moments in (("without moments", False), ("with moments", True)):
-        net, history = train(images, test, epochs, moments, seed)
+    for factor in FACTORS:
+        name = f"factor {factor}"
+        net, history = train(images, test, epochs, factor, seed)
         z = history[-1]
         gap = kolmogorov_distance(z).median()
         restored = net.decode(z)
         error = F.mse_loss(restored, gan.to_float(test))
         gan.say(f"{name}: latents {gap:.3f} from normal (median), test pictures off by {error:.4f} (mean square)")
 
-        samples = gan.to_uint8(net.decode(noise))
-        wide_noise = z.mean(dim=0) + z.std(dim=0) * noise
-        as_wide = gan.to_uint8(net.decode(wide_noise))
-        distance = score(samples)
-        gan.say(f"{name}: FD(digits) {distance:.1f}, of noise as wide as each latent {score(as_wide):.1f}")
-        between = gan.to_uint8(net.decode(walk(z[:4])))
-        drawn[name] = torch.cat([samples[:54], between])
+        seen = net.encode(gan.to_float(images[:20_000]))
+        mixture = fit_mixture(seen)
+        inputs = {
+            "N(0,1)": noise,
+            "noise as wide as each latent": z.mean(dim=0) + z.std(dim=0) * noise,
+            "a mixture of normals": mixture.sample(noise.shape[:1]),
+        }
+        rows = []
+        for title, some in inputs.items():
+            samples = gan.to_uint8(net.decode(some))
+            gan.say(f"{name}: FD(digits) {score(samples):.1f} of {title}")
+            rows.append(samples[:18])
+        between = line(z[0:4:2], z[1:4:2], 9).flatten(0, 1)
+        rows.append(gan.to_uint8(net.decode(between)))
+        drawn[name] = torch.cat(rows)
     if G:
         samples = gan.generate(G, len(test), seed=seed)
         gan.say(f"GAN: FD(digits) {score(samples):.1f}")

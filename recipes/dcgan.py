@@ -131,14 +131,21 @@ class DCGAN(gan.GAN):
 VARIANTS = {
     "base": "rpgan",
     "ngf 64": "rpgan --ngf 64",
+    "ngf 128": "rpgan --ngf 128",
     "ndf 64": "rpgan --ndf 64",
+    "ndf 128": "rpgan --ndf 128",
     "nz 10": "rpgan --z-dim 10",
     "nz 1000": "rpgan --z-dim 1000",
     "torch's first weights": "rpgan --init torch",
     "4 times the steps": "rpgan --steps 2400",
+    "5 epochs": "rpgan --steps 4685",
+    "30 epochs": "rpgan --steps 28110",
     "with classes": "rpgan --cond",
+    "with classes, 5 epochs": "rpgan --cond --steps 4685",
     "learning rates 0.02": "rpgan --lr-G 0.02 --lr-D 0.02",
     "learning rates 0.000002": "rpgan --lr-G 0.000002 --lr-D 0.000002",
+    "learning rate 0.1 of G": "rpgan --lr-G 0.1",
+    "learning rate 0.1 of D": "rpgan --lr-D 0.1",
 }
 STUDY = digits.Study(
     name="dcgan",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command `NAME.py study` of wgan.py, conditional.py, dcgan.py and unrolled.py: variants that draw digits.
+"""The command `NAME.py study` of wgan.py, conditional.py, dcgan.py, losses.py and unrolled.py: variants on digits.
 
 A network that reads digits, by classifier.py, judges the samples of each run. Takes the runner from study.py, and
 `read_log`, `run_command` and `save_figure` from report.py.
@@ -147,21 +147,27 @@ def entropy(logits):
     return torch.special.entr(shares).sum().item() / math.log(2)
 
 
-def draw_strips(model, runs, columns=16):
-    """Draws a row of samples for each run of the variants {title: runs}, beside its loss of D; returns the figure."""
-    most = max(map(len, runs.values()))
-    figure = Figure((12, len(runs) * (0.5 + 0.55 * most)), layout="constrained")
-    panels = figure.subplots(len(runs), 2, squeeze=False, sharex="col", width_ratios=(5, 2))
-    for (strip, curves), (title, folders) in zip(panels, runs.items()):
-        rows = []
+def draw_strips(model, runs):
+    """Draws a strip of samples of each variant of {title: runs}, beside its losses of D; returns the figure."""
+    strips = {title: draw_strip(model, folders) for title, folders in runs.items()}
+    heights = [0.5 + 9 * strip.shape[1] / strip.shape[2] for strip in strips.values()]  # inches
+    figure = Figure((12, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(runs), 2, squeeze=False, width_ratios=(5, 2), height_ratios=heights)
+    for (pictures, curves), (title, folders) in zip(panels, runs.items()):
         for run in folders:
-            G, _ = gan.load_generator(run, model=model)
-            rows.append(gan.generate(G, columns, range(G.num_classes) or None))
             log = report.read_log(run)
             curves.plot([record["step"] for record in log], [record["loss_D"] for record in log], linewidth=0.7)
-        strip.imshow(gan.tile(torch.cat(rows), columns).permute(1, 2, 0).numpy())
-        strip.set(xticks=[], yticks=[])
-        strip.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+        pictures.imshow(strips[title].permute(1, 2, 0).numpy())
+        pictures.set(xticks=[], yticks=[])
+        pictures.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
         curves.tick_params(labelsize=7)
     panels[0, 1].set_title("loss of D", fontsize=9)
     return figure
+
+
+def draw_strip(model, folders, columns=16):
+    """Draws a row for each run, uint8 [3,H,W]; with classes, the first run's grid of class by z."""
+    generators = [gan.load_generator(run, model=model)[0] for run in folders]
+    if generators[0].num_classes:
+        return gan.sample_grid(generators[0], columns)
+    return gan.tile(torch.cat([gan.generate(G, columns) for G in generators]), columns)

@@ -31,6 +31,7 @@ SPREAD = "Mean ± standard deviation over seeds."
 TESTED = "Differences are paired by seed. Student's t at 95% decides what they settle, and errs once in twenty times."
 NOISE = "At one trunc all variants get the same noise; with classes, each row is a class, each column one z."
 BY_NETWORK = "{n} samples against {n_real} images, by {network} (weights {weights:.8}, resize {resize}, {dtype})."
+VARIETY = "Variety: the variance of the samples' features within a class over that of the real images."
 ALONE = "{n} samples against {n_real} images. SWD is the sliced Wasserstein distance of patches, without a network."
 CURVES = {"loss_D": "loss of D", "loss_G": "loss of G", "real_logit": "logit of real", "fake_logit": "logit of fake"}
 STYLE = {
@@ -109,6 +110,8 @@ def html_scores(rows, remarks):
         made = dict.fromkeys((BY_NETWORK if row["network"] else ALONE).format(**row) for row in some)
         notes = dict.fromkeys(note for row in some for note in row["notes"])
         parts += map(paragraph, [*made, *notes])
+        if "variety" in score_names(some):
+            parts.append(paragraph(VARIETY))
     return "".join([*parts, *map(paragraph, remarks)])
 
 

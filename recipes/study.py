@@ -37,11 +37,24 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gan
+import metrics
 
-SCORES = {"FID": 1, "FD": 1, "SWD": 1, "KID": 4, "IS": 2, "precision": 3, "recall": 3, "coverage": 3}  # name: decimals
+SCORES = {  # name: decimals
+    "FID": 1,
+    "FD": 1,
+    "SWD": 1,
+    "KID": 4,
+    "IS": 2,
+    "precision": 3,
+    "recall": 3,
+    "coverage": 3,
+    "variety": 2,
+}
 LOWER_IS_BETTER = ("FID", "FD", "SWD", "KID")
 
 
@@ -183,6 +196,36 @@ def run_gan(threads, *argv, model=gan.GAN):
         raise gan.UserError(f"{what} ended with status {done.returncode}: {last}")
 
 
+def add_variety(job):
+    """Appends the scores of a run with classes once more, each with its variety.
+
+    Variety is the variance of the samples' features within a class over that of the real images, so 1 is as varied as
+    real, and 0 one picture for each class.
+    """
+    rows = [row for row in job.scores().values() if row["network"] and "variety" not in row]
+    config = gan.read_checkpoint(job.run)["config"]
+    if not (rows and config.cond):
+        return
+    device = gan.join(job.device)
+    network = metrics.load_extractor(job.extractor, device)
+    images, labels, names = gan.load_images(job.data, config.size, config.channels, config.data_dir)
+    real = metrics.measure_cached(network, images, gan.cache_folder())
+    of_real = variance_within(real.features, labels)
+    for row in rows:
+        G, _ = gan.load_generator(job.run, device, row["trunc"])
+        classes = gan.classes_like(G, labels, names, row["seed"])  # as eval does
+        due = gan.choose_classes(G, row["n"], classes)
+        fake = metrics.measure(network, gan.generate_batches(G, row["n"], classes, row["seed"]))
+        of_fake = variance_within(fake.features, due)
+        gan.append_row(job.run / "eval.jsonl", row | {"variety": of_fake / of_real})
+
+
+def variance_within(features, labels):
+    """Sums the variances of features [n,d] within a class, by labels [n], and averages the classes."""
+    variances = [features[labels == c].var(dim=0).sum() for c in labels.unique()]
+    return torch.stack(variances).mean().item()
+
+
 # ---- The table
 def plain(row):
     """Renames FD(net) to FD, and so on; the row's "network" says which."""
@@ -211,6 +254,8 @@ def score_names(rows):
 
 
 def with_arrow(name):
+    if name == "variety":
+        return name  # as much as real images have is best
     return f"{name} {'↓' if name in LOWER_IS_BETTER else '↑'}"
 
 
@@ -323,7 +368,7 @@ def study(args, definition, configs):
     import report  # here, since it takes the table from this file
 
     jobs = plan(args, definition, configs)
-    make_all(jobs, args.jobs)
+    make_all(jobs, args.jobs, add_variety)
 
     rows = []
     variants = {}

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import digits
@@ -41,6 +42,7 @@ class Config(gan.Config):
     gain: float = gan.option(1.0, "factor of the critic's output", gan.positive)
     batch_norm: bool = gan.option(False, "batch norm after each block of the critic")
     sigmoid: bool = gan.option(False, "a sigmoid as the critic's last layer")
+    power_iterations: int = gan.option(1, "steps per pass of the critic's spectral norm", gan.positive)
 
 
 class Critic(gan.Discriminator):
@@ -53,6 +55,10 @@ class Critic(gan.Discriminator):
         if config.batch_norm:
             norms = [gan.BatchNorm(block.conv2.out_channels) for block in self.blocks]
             self.blocks = nn.ModuleList(map(nn.Sequential, self.blocks, norms))
+        for layer in gan.layers_of(self, nn.Conv2d, nn.Linear):
+            for _ in range(config.power_iterations - 1):
+                # The weight is normalised once more, by the same u and v, so each pass makes one more iteration.
+                register_parametrization(layer, "weight", layer.parametrizations.weight[0])
 
     def forward(self, x, y=None):
         return self.head(self.gain * super().forward(x))
@@ -87,6 +93,8 @@ VARIANTS = {
     "both rates 0.0002": "wgan --lr-G 0.0002 --lr-D 0.0002",
     "both rates 0.002": "wgan --lr-G 0.002 --lr-D 0.002",
     "2 critic steps, same time": "wgan --d-steps 2 --steps 800",
+    "2 power iterations": "wgan --power-iterations 2",
+    "100 epochs, batches of 256": "wgan --batch 256 --steps 2800",
 }
 STUDY = digits.Study(
     name="wgan",

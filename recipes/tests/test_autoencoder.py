@@ -66,7 +66,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def plain(images):
-    return autoencoder.train(images, images[:64], epochs=8, moments=False, batch=32)
+    return autoencoder.train(images, images[:64], epochs=8, factor=0, batch=32)
 
 
 def test_train_returns_the_latents_of_each_epoch(images, plain):
@@ -83,14 +83,14 @@ def test_train_rebuilds_the_images(images, plain):
 
 
 def test_train_with_the_moment_loss_makes_latents_more_normal(images, plain):
-    _, shaped = autoencoder.train(images, images[:64], epochs=8, moments=True, batch=32)
+    _, shaped = autoencoder.train(images, images[:64], epochs=8, factor=2, batch=32)
     before, after = (autoencoder.kolmogorov_distance(z[-1]).median() for z in (plain[1], shaped))
     assert after < 0.7 * before
 
 
 def test_train_follows_from_the_seed(images):
-    _, first = autoencoder.train(images, images[:64], epochs=1, batch=32)
-    _, second = autoencoder.train(images, images[:64], epochs=1, batch=32)
+    _, first = autoencoder.train(images, images[:64], epochs=1, factor=2, batch=32)
+    _, second = autoencoder.train(images, images[:64], epochs=1, factor=2, batch=32)
     assert torch.equal(first, second)
 
 
@@ -99,11 +99,26 @@ def test_draw_figure_writes_a_picture(images, plain, tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
-def test_walk_is_straight():
-    ends = torch.tensor([[0.0, 1.0], [8.0, 5.0], [9.0, 9.0], [9.0, 1.0]])
-    first = [[i, 1 + i / 2] for i in range(9)]
-    second = [[9, 9 - i] for i in range(9)]
-    assert autoencoder.walk(ends).tolist() == first + second
+# ---- The mixture
+def test_fit_mixture_of_one_normal_has_its_moments():
+    """By the definitions of mean and covariance, which a single normal takes from the data."""
+    torch.manual_seed(0)
+    z = torch.randn(500, 3) @ torch.randn(3, 3) + torch.arange(3)
+    fitted = autoencoder.fit_mixture(z, k=1).component_distribution
+    assert torch.allclose(fitted.mean[0], z.mean(dim=0), atol=1e-4)
+    assert torch.allclose(fitted.covariance_matrix[0], torch.cov(z.T, correction=0), atol=2e-3)
+
+
+def test_fit_mixture_finds_the_normals_that_made_the_points():
+    """By construction: three times as many points about 8, of a tenth of the deviation."""
+    torch.manual_seed(0)
+    z = torch.cat([torch.randn(1000, 2), 8 + 0.1 * torch.randn(3000, 2)])
+    mixture = autoencoder.fit_mixture(z, k=2)
+    wide, narrow = mixture.component_distribution.stddev.mean(dim=1).sort(descending=True).values
+    shares = mixture.mixture_distribution.probs.sort().values
+    assert shares.tolist() == pytest.approx([0.25, 0.75], abs=0.01)
+    assert wide == pytest.approx(1, abs=0.05)
+    assert narrow == pytest.approx(0.1, abs=0.02)
 
 
 # ---- The command
@@ -120,12 +135,14 @@ def train_gan(tmp_path, size):
     return str(gan.train(gan.Config(**shape, steps=2, device="cpu", runs=str(tmp_path))))
 
 
-def test_main_compares_three_generators(tmp_path, small_mnist, capsys):
+def test_main_compares_each_factor_and_the_gan(tmp_path, small_mnist, monkeypatch, capsys):
+    """By the lines it prints: three kinds of noise for each factor."""
+    monkeypatch.setattr(autoencoder, "FACTORS", (0, 2))
     argv = ["--gan", train_gan(tmp_path, 32), "--epochs", "3", "--out", str(tmp_path / "x.png")]
     capsys.readouterr()
     autoencoder.main(argv)
     lines = [line for line in capsys.readouterr().out.splitlines() if "FD(digits)" in line]
-    assert [line.partition(":")[0] for line in lines] == ["without moments", "with moments", "GAN"]
+    assert [line.partition(":")[0] for line in lines] == ["factor 0"] * 3 + ["factor 2"] * 3 + ["GAN"]
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 

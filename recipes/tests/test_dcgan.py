@@ -134,6 +134,16 @@ def test_entropy_counts_the_bits_of_what_is_read(kinds, bits):
     assert digits.entropy(logits) == pytest.approx(bits, abs=1e-6)
 
 
+@pytest.mark.parametrize("num_classes, rows", [(0, 2), (3, 3)])
+def test_draw_strip_has_a_row_for_each_run_or_class(num_classes, rows, monkeypatch):
+    """By hand: 18 pixels for an image and its margin."""
+    G, _ = networks(num_classes, **TOY)
+    G.trunc = None
+    monkeypatch.setattr(gan, "load_generator", lambda run, model: (G.eval(), None))
+    strip = digits.draw_strip(dcgan.DCGAN, ["one", "two"])
+    assert strip.shape == (3, 2 + 18 * rows, 2 + 18 * 16)
+
+
 class Pixels(torch.nn.Module):
     """Takes some pixels as features and as logits."""
 

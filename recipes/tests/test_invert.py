@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: MIT
+import math
+
 import pytest
 import torch
 
@@ -28,9 +30,8 @@ def draw(G, y, seed):
 # ---- Fitting
 def test_invert_finds_the_samples_of_its_own_generator(G):
     x, everything = draw(G, [3, 0, 16], seed=5)
-    starts = 34 if G.num_classes else 8
-    z, y, losses = invert.invert(G, x, everything, starts=starts, steps=80, rate=0.2, noise=0)
-    assert losses.shape == (80, 3, starts)
+    z, y, losses = invert.invert(G, x, everything, starts=34, steps=80, rate=0.2, noise=0)
+    assert losses.shape == (80, 3, 34)
     assert invert.psnr(G(z, y), x, everything) > 30
 
 
@@ -114,9 +115,19 @@ def test_visible_pixels_under_rows_are_every_second_row():
 
 
 def test_visible_pixels_under_the_square_leave_out_8_by_8():
-    hidden = ~visible("square")[7, 0]
-    assert hidden.sum() == 8 * 8
-    assert hidden[10:18, 10:18].all()
+    """By definition: 8 rows and 8 columns of 28."""
+    for hidden in ~visible("square")[:, 0]:
+        assert hidden.sum() == 8 * 8
+        assert hidden.any(dim=0).sum() == hidden.any(dim=1).sum() == 8
+
+
+def test_visible_pixels_under_the_square_lie_at_random_about_the_middle():
+    """By definition: the middle lies from 7 to 21, and so the first of 8 rows or columns from 3 to 17."""
+    hidden = ~visible("square")[:, 0]
+    for side in (1, 2):
+        first = hidden.any(dim=side).float().argmax(dim=1)
+        assert 3 <= first.min() < 7
+        assert 13 < first.max() <= 17
 
 
 def test_copy_nearest_agrees_with_brute_force():
@@ -129,6 +140,14 @@ def test_copy_nearest_agrees_with_brute_force():
         distances = (seen - torch.stack([row, column])).square().sum(dim=1)
         nearest = seen[distances == distances.min()]
         assert any(torch.equal(filled[i, :, row, column], x[i, :, r, c]) for r, c in nearest)
+
+
+def test_psnr_weighs_all_pixels_alike():
+    """By hand: one picture of two is off by 0.2 of a range of 2, the other right."""
+    x = torch.zeros(2, 1, 9, 9)
+    restored = x.clone()
+    restored[0] = 0.2
+    assert invert.psnr(restored, x, x == 0) == pytest.approx(20 + 10 * math.log10(2), abs=1e-3)
 
 
 def test_psnr_looks_where_it_is_told():
@@ -174,9 +193,19 @@ def test_main_reports_each_mask_and_draws(flags, tmp_path, capsys):
 
 def test_draw_walks_names_the_digits(G):
     z, y = ends(G)
-    (first,) = invert.draw_walks(G, z, y, lambda x: (None, torch.eye(10)[torch.arange(len(x))]))
-    assert first[0] == "0 1 2 3 4 5 6 7 8"
-    assert torch.equal(first[1], invert.walk(G, z, y))
+    arc, line = invert.draw_walks(G, z, y, lambda x: (None, torch.eye(10)[torch.arange(len(x))]))
+    assert arc[0] == "arc 0 1 2 3 4 5 6 7 8"
+    assert torch.equal(arc[1], invert.walk(G, z, y))
+    assert torch.equal(line[1], invert.walk(G, z, y, invert.line))
+
+
+def test_line_goes_straight_from_one_to_the_other():
+    """By hand, along two lines at once."""
+    starts = torch.tensor([[0.0, 1.0], [9.0, 9.0]])
+    ends = torch.tensor([[8.0, 5.0], [9.0, 1.0]])
+    first = [[i, 1 + i / 2] for i in range(9)]
+    second = [[9, 9 - i] for i in range(9)]
+    assert invert.line(starts, ends, 9).tolist() == [first, second]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Tests of the study at toy size: offline, on the CPU.    python -m pytest recipes/tests/test_study.py"""
 
+import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -110,6 +112,49 @@ def test_the_page_says_the_means_and_deviations_of_eval_jsonl(place, runs):
         assert f"<td>{mean} ± {statistics.stdev(values):.{decimals}f}</td>" in page
 
 
+# ---- Variety within a class
+def job_of(place, run):
+    data = gan.read_rows(run / "eval.jsonl")[0]["data"]
+    return study.Job("hinge --cond", 0, run, [], [None, 0.7], data, str(place / "tiny.pt2"))
+
+
+def test_runs_with_classes_have_a_variety(place, runs):
+    """By definition: without classes nothing varies within one."""
+    found = [["variety" in row for row in job_of(place, run).scores().values()] for run in runs]
+    assert found == [[False, False], [False, False], [True, True]]
+
+
+def test_variety_of_the_images_themselves_is_one(place, runs, tmp_path, monkeypatch):
+    """By definition, with the images of the classes due in place of samples."""
+    images, labels, _ = gan.load_images(str(place / "data"), 16, 3)
+
+    def generate_images(G, n, classes, seed):
+        samples = torch.empty_like(images)
+        samples[torch.tensor(classes).argsort()] = images[labels.argsort()]
+        return [samples]
+
+    (row, *_) = gan.read_rows(runs[2] / "eval.jsonl")
+    shutil.copytree(runs[2], tmp_path / "run")
+    gan.write_text(tmp_path / "run" / "eval.jsonl", f"{json.dumps(row)}\n")
+    job = job_of(place, tmp_path / "run")
+    monkeypatch.setattr(gan, "generate_batches", generate_images)
+    study.add_variety(job)
+    assert job.scores()[None]["variety"] == pytest.approx(1, abs=1e-6)
+
+
+def test_variance_within_averages_the_classes():
+    """By hand: 2 + 0.5 of the first class, nothing of the second."""
+    features = torch.tensor([[0.0, 1], [2, 2], [9, 9], [9, 9]])
+    assert study.variance_within(features, torch.tensor([0, 0, 1, 1])) == (2 + 0.5) / 2
+
+
+def test_the_page_says_the_variety_of_runs_with_classes(place, runs):
+    row = gan.read_rows(runs[2] / "eval.jsonl")[-1]
+    page = (place / "out" / "report.html").read_text()
+    assert f"<td>{row['variety']:.2f}</td></tr>" in page
+    assert "Variety: the variance of" in page
+
+
 def test_scores_of_another_step_images_or_network_do_not_count(place, runs, tmp_path):
     row = gan.read_rows(runs[0] / "eval.jsonl")[0]
     job = study.Job("ns", 0, runs[0], [], [None], row["data"], str(place / "tiny.pt2"))
@@ -160,7 +205,7 @@ def test_report_leaves_out_scores_of_another_checkpoint(runs):
 
 
 def test_report_has_a_table_for_each_network(runs):
-    _, rows = report.group_runs(runs)
+    _, rows = report.group_runs(runs[:2])  # without classes, and so without a variety
     others = [row | {"network": "other", "weights": "0" * 16, "FD": 4321.0} for row in rows]
     page = report.html_scores(rows + others, [])
     ours, theirs = page.split("<table>")[1:]

@@ -100,6 +100,20 @@ def test_look_ahead_moves_D():
     assert moved > 1e-3
 
 
+def test_convolutions_have_the_second_derivatives_of_a_look_ahead():
+    """torch.autograd.gradgradcheck: numerical derivatives of gradients."""
+    model, real, _, y = make_model(loss="ns")
+    D = model.D.double().eval()  # which keeps the vectors of spectral norm
+    name = "blocks.0.conv2.parametrizations.weight.original"
+    weight = D.get_parameter(name).detach().requires_grad_()
+    x = real[:2].double().requires_grad_()
+
+    def logits(x, weight):
+        return torch.func.functional_call(D, {name: weight}, (x, y[:2]))
+
+    assert torch.autograd.gradgradcheck(logits, (x, weight), fast_mode=True)
+
+
 @pytest.fixture
 def ring_model():
     """A GAN of perceptrons in float64 after a step, real points and z."""
@@ -258,7 +272,7 @@ def study(put_reader, tmp_path, in_process):
 
 def test_study_measures_the_entropy(study):
     table = (study / "study.md").read_text().splitlines()
-    assert len(table) == 5
+    assert len(table) == 7
     assert all(line.endswith("| 2.00 |") for line in table[2:])  # bits
 
 
@@ -269,6 +283,12 @@ def test_study_draws_by_the_last_generator(study):
         assert (content["config"].unroll, content["steps"]) == (k, 3)
         for name, weight in content["G"].items():
             assert (content["G_ema"][name] - weight).abs().max() < 1e-6
+
+
+def test_variants_all_differ():
+    """By the configs that their flags make."""
+    configs = map(unrolled.STUDY.config, unrolled.VARIANTS)
+    assert len(set(map(repr, configs))) == len(unrolled.VARIANTS)
 
 
 def test_perceptron_stays_in_range_when_it_is_shown():

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -72,6 +73,28 @@ def test_critic_multiplies_by_the_gain():
 def test_critic_can_end_in_a_sigmoid():
     x = torch.randn(6, 1, 16, 16)
     assert torch.allclose(critic(sigmoid=True).eval()(x), critic().eval()(x).sigmoid(), rtol=1e-4)
+
+
+@torch.no_grad()
+def normalise(matrix, u, iterations):
+    """Divides a matrix [m,n] by its norm, as so many power iterations from u[m] find it."""
+    for _ in range(iterations):
+        v = F.normalize(matrix.T @ u, dim=0)
+        u = F.normalize(matrix @ v, dim=0)
+    return matrix / (u @ matrix @ v)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_critic_makes_as_many_power_iterations_as_asked_for(iterations):
+    """By hand, on a weight of close singular values, whose norm each iteration finds better."""
+    layer = critic(power_iterations=iterations).blocks[0].skip
+    matrix = torch.eye(8, 4) * torch.tensor([1, 0.9, 0.8, 0.7])
+    u = F.normalize(torch.ones(8), dim=0)
+    layer.parametrizations.weight.original.data = matrix[:, :, None, None]
+    layer.parametrizations.weight[0].u.copy_(u)
+    weight = layer.weight[:, :, 0, 0]
+    assert torch.allclose(weight, normalise(matrix, u, iterations), rtol=1e-5)
+    assert not torch.allclose(weight, normalise(matrix, u, iterations + 1), rtol=1e-3)
 
 
 def test_variants_all_differ():

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: MIT
+"""Which loss, and how many steps of D for one of G? Cross-entropy, its non-saturating form and MSE on MNIST.
+
+    python recipes/losses.py study --seeds 3 --extractor digits.pt2    # digits.pt2 is made by classifier.py
+
+Cross-entropy is gan.py's `minimax`: G minimises log(1 - D), which is flat where D is sure of its fakes. The
+non-saturating form, `ns`, minimises -log D instead, which is steepest there (both arXiv 1406.2661). MSE is `lsgan`
+(1611.04076). The networks are DCGAN's, whose D can win; spectral norm keeps gan.py's own D from that. All runs have as
+many steps of G, so five steps of D for each of G take about three times as long.
+Takes `DCGAN` from dcgan.py and `Study` from digits.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dcgan
+import digits
+import gan
+
+VARIANTS = {
+    "cross-entropy": "minimax",
+    "non-saturating": "ns",
+    "MSE": "lsgan",
+    "cross-entropy, 5 steps of D": "minimax --d-steps 5",
+    "non-saturating, 5 steps of D": "ns --d-steps 5",
+    "MSE, 5 steps of D": "lsgan --d-steps 5",
+}
+STUDY = digits.Study(
+    name="losses",
+    model=dcgan.DCGAN,
+    data="mnist",
+    steps=1000,
+    flags="--size 16 --ngf 32 --ndf 32 --sample-every 1000",
+    variants=VARIANTS,
+    columns={"entropy of the digits, bits": 2},
+    score=lambda logits, due: (digits.entropy(logits),),
+    draw=digits.draw_strips,
+)
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["study"]:
+        STUDY.main(sys.argv[2:])
+    else:
+        gan.main(model=dcgan.DCGAN)
