@@ -265,7 +265,7 @@ class GAN:
 
     def update_D(self, real, fake, y):
         """Takes one step of D on real, fake [B,C,H,W] of the classes y[B]; returns its loss and both logits [B]."""
-        penalty = self.slope_penalty(real, y)  # first: a compiled pass does not survive a later pass before its gradient
+        penalty = self.slope_penalty(real, y)  # first: a compiled pass bears no other before its gradient
         both = torch.cat([diff_augment(real, self.config.augment), diff_augment(fake, self.config.augment)])
         with self.autocast:  # one pass over both: fewer, larger products
             real_logits, fake_logits = self.D(both, y.repeat(2)).chunk(2)
@@ -281,7 +281,7 @@ class GAN:
         with self.autocast:
             logits = self.D.forward(x, y[::4])  # a call may be compiled, which allows no second derivative
         (slopes,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-        return 16 * self.config.r1 / 2 * slopes.square().sum(dim=(1, 2, 3)).mean()
+        return 16 * self.config.r1 / 2 * slopes.flatten(1).square().sum(dim=1).mean()
 
     def update_G(self, real, fake, y, real_logits):
         """Takes one step of G on its samples fake [B,C,H,W] of the classes y[B]; returns its loss, a scalar."""
@@ -1123,6 +1123,10 @@ def positive(value):
     return 0 < value < 1e9
 
 
+def not_negative(value):
+    return 0 <= value < 1e9
+
+
 def share(value):
     return 0 <= value < 1
 
@@ -1159,7 +1163,7 @@ class Config:
     batch: int = option(64, "images per step, over all processes; at least 2", lambda n: 2 <= n < 1e9)
     lr_G: float = option(4e-4, "Adam's learning rate of the generator", positive)
     lr_D: float = option(4e-4, "Adam's learning rate of the discriminator", positive)
-    r1: float = option(0.1, "weight of the penalty on D's slope at real images", lambda r1: 0 <= r1 < 1e9)
+    r1: float = option(0.1, "weight of the penalty on D's slope at real images", not_negative)
     beta1: float = option(0.0, "Adam's first beta, in [0, 1)", share)
     beta2: float = option(0.99, "Adam's second beta, in [0, 1)", share)
     d_steps: int = option(1, "discriminator updates per step", positive)

@@ -95,6 +95,7 @@ class Config(gan.Config):
     beta1: float = gan.option(0.5, "Adam's first beta, in [0, 1)", gan.share)
     beta2: float = gan.option(0.999, "Adam's second beta, in [0, 1)", gan.share)
     augment: str = gan.option("none", "none, or some of color,translation,cutout", gan.policy)
+    r1: float = gan.option(0.0, "weight of the penalty on D's slope at real images", gan.not_negative)
 
     def __post_init__(self):
         if self.width not in (None, self.ngf):
@@ -119,11 +120,12 @@ class DCGAN(gan.GAN):
         """Takes one step of D as gan.GAN does, but by a pass for real and one for fake."""
         # G's step shows D a batch of fakes alone, so D has to learn from such batches: one pass over both would
         # normalise the fakes by statistics that G never meets.
+        penalty = self.slope_penalty(real, y)
         with self.autocast:
             real_logits = self.D(gan.diff_augment(real, self.config.augment), y)
             fake_logits = self.D(gan.diff_augment(fake, self.config.augment), y)
         loss = gan.D_LOSSES[self.config.loss](real_logits, fake_logits)
-        self.descend(self.opt_D, loss)
+        self.descend(self.opt_D, loss + penalty)
         return loss.detach(), real_logits.detach(), fake_logits.detach()
 
 

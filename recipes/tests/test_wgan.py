@@ -11,9 +11,9 @@ import gan
 import wgan
 
 TOY = {"size": 16, "width": 4, "max_width": 8, "z_dim": 8, "batch": 8, "device": "cpu", "amp": "off"}
-# A kernel of 3x3 whose matrix has norm 1 stretches an image by 3 at most; a mean over 2x2 pixels halves it, the sum
-# over 4x4 stretches by 4. A block is a mean of (3 * 3 of its convs + 1 of its skip).
-BOUND = 3 * ((3 * 3 + 1) / 2) ** 2 * 4
+# A kernel of 3x3 whose matrix has the norm 2**0.5 stretches an image by 3 * 2**0.5 at most; a mean over 2x2 pixels
+# halves it, the sum over 4x4 stretches by 4. A block is a mean of (3 * 3 * 2 of its convs + 1 of its skip).
+BOUND = 3 * 2**0.5 * ((3 * 3 * 2 + 1) / 2) ** 2 * 4
 
 
 def critic(**change):
@@ -30,9 +30,11 @@ def slopes(D):
     return (D(x) - D(x + step)).abs() / step.flatten(1).norm(dim=1)
 
 
-def test_critic_has_weights_of_norm_one():
+def test_critic_has_weights_of_bounded_norm():
+    """torch.linalg.matrix_norm: the root of 2 for kernels of 3x3, else 1."""
     for layer in gan.layers_of(critic().eval(), nn.Conv2d, nn.Linear):
-        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2) < 1.02
+        most = 2**0.5 if layer.weight.shape[2:] == (3, 3) else 1
+        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2) < 1.02 * most
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.05])
@@ -48,12 +50,12 @@ def test_critic_keeps_its_slope_when_its_weights_grow():
         for p in D.parameters():
             if p.ndim > 1:
                 p *= 100  # which an optimizer may do
-    assert torch.allclose(before, slopes(D), rtol=1e-3)
+    assert (before - slopes(D)).abs().max() < 1e-3
 
 
 @torch.no_grad()
 def test_critic_with_batch_norm_exceeds_the_bound():
-    x = 1e-3 * torch.rand(64, 1, 16, 16)  # in training, batch norm blows up whatever differs within a batch
+    x = 3e-4 * torch.rand(64, 1, 16, 16)  # in training, batch norm blows up whatever differs within a batch
     logits = critic(batch_norm=True)(x)
     rise = (logits[1:] - logits[:-1]).abs().max()
     distance = (x[1:] - x[:-1]).flatten(1).norm(dim=1).max()
