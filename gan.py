@@ -142,8 +142,8 @@ class Discriminator(nn.Module):
         orthogonal_init(self)
         for layer in layers_of(self, nn.Conv2d, nn.Linear, nn.Embedding):
             layer.weight.data *= 0.3  # spectral norm cancels the scale, so small weights change faster, as in G
-            meets_relu = getattr(layer, "kernel_size", None) == (3, 3)  # which takes half of the power (1502.01852)
-            register_parametrization(layer, "weight", SpectralNorm(layer.weight, 2**0.5 if meets_relu else 1))
+            gain = 2**0.5 if layer.weight.shape[2:] == (3, 3) else 1  # a ReLU takes half of the power (1502.01852)
+            register_parametrization(layer, "weight", SpectralNorm(layer.weight, gain))
 
     def features(self, x):
         """Computes phi(x): images [N,channels,size,size] -> [N,C], at least float32."""

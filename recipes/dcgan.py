@@ -162,7 +162,4 @@ STUDY = digits.Study(
 )
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["study"]:
-        STUDY.main(sys.argv[2:])
-    else:
-        gan.main(model=DCGAN)
+    STUDY.run()

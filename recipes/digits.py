@@ -24,10 +24,10 @@ import study
 
 @dataclass
 class Study:
-    """The command `study` of a recipe: trains variants of its model from several seeds and reads their samples.
+    """A recipe's program, whose command `study` trains variants of its model and reads their samples.
 
-    Writes study.md, with scores of the real images and of each variant, and study.png. The same command goes on with a
-    study that was stopped.
+    It writes study.md, with scores of the real images and of each variant, and study.png. The same command goes on with
+    a study that was stopped.
     """
 
     name: str  # of the recipe
@@ -42,8 +42,15 @@ class Study:
     reader: str = "digits.pt2"  # of classifier.py
     n: int = 5000  # samples of each run, and real images
 
+    def run(self):
+        """Runs the recipe as a program: `study`, or a command of gan.py for its model."""
+        if sys.argv[1:2] == ["study"]:
+            self.main(sys.argv[2:])
+        else:
+            gan.main(model=self.model)
+
     def main(self, argv):
-        """Runs the command, with these flags."""
+        """Runs the command `study`, with these flags."""
         report.run_command(self.compare, self.make_parser(), argv)
 
     def make_parser(self):

@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dcgan
 import digits
-import gan
 
 VARIANTS = {
     "cross-entropy": "minimax",
@@ -39,7 +38,4 @@ STUDY = digits.Study(
 )
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["study"]:
-        STUDY.main(sys.argv[2:])
-    else:
-        gan.main(model=dcgan.DCGAN)
+    STUDY.run()

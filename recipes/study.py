@@ -203,7 +203,7 @@ def add_variety(job):
     real, and 0 one picture for each class.
     """
     rows = [row for row in job.scores().values() if row["network"] and "variety" not in row]
-    config = gan.read_checkpoint(job.run)["config"]
+    config = gan.read_checkpoint(job.run, job.model)["config"]
     if not (rows and config.cond):
         return
     device = gan.join(job.device)
@@ -212,7 +212,7 @@ def add_variety(job):
     real = metrics.measure_cached(network, images, gan.cache_folder())
     of_real = variance_within(real.features, labels)
     for row in rows:
-        G, _ = gan.load_generator(job.run, device, row["trunc"])
+        G, _ = gan.load_generator(job.run, device, row["trunc"], model=job.model)
         classes = gan.classes_like(G, labels, names, row["seed"])  # as eval does
         due = gan.choose_classes(G, row["n"], classes)
         fake = metrics.measure(network, gan.generate_batches(G, row["n"], classes, row["seed"]))

@@ -246,7 +246,5 @@ STUDY = digits.Study(
 if __name__ == "__main__":
     if sys.argv[1:2] == ["ring"]:
         ring_command(sys.argv[2:])
-    elif sys.argv[1:2] == ["study"]:
-        STUDY.main(sys.argv[2:])
     else:
-        gan.main(model=Unrolled)
+        STUDY.run()
