@@ -50,7 +50,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.utils import make_grid
 
-__version__ = "0.10"
+__version__ = "0.11"
 FORMAT = 3  # of checkpoints; it changes with the networks and with what a checkpoint holds
 
 
@@ -81,9 +81,9 @@ class Generator(nn.Module):
         # so small weights change faster in proportion.
         for layer in (self.linear, *layers_of(self.blocks, nn.Conv2d)):
             layer.weight.data *= 0.1
-        # At first e moves the channels more than it scales them: gains of full scale tear shapes apart.
+        # At first z moves the channels more than it scales them: gains of full scale tear shapes apart.
         for norm in layers_of(self.blocks, AdaptiveBatchNorm):
-            norm.gain_bias.weight.data[: norm.norm.num_features] *= 0.3
+            norm.gain_bias.weight.data[: norm.norm.num_features, :z_dim] *= 0.3
 
     def forward(self, z, y=None):
         e = torch.cat([z, self.embed(y)], dim=1) if self.num_classes else z
