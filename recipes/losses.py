@@ -7,15 +7,12 @@ Cross-entropy is gan.py's `minimax`: G minimises log(1 - D), which is flat where
 non-saturating form, `ns`, minimises -log D instead, which is steepest there (both arXiv 1406.2661). MSE is `lsgan`
 (1611.04076). The networks are DCGAN's, whose D can win; spectral norm keeps gan.py's own D from that. All runs have as
 many steps of G, so five steps of D for each of G take about three times as long.
-Takes `DCGAN` from dcgan.py and `Study` from digits.py.
+Takes the study of dcgan.py.
 """
 
-import sys
-from pathlib import Path
+from dataclasses import replace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dcgan
-import digits
 
 VARIANTS = {
     "cross-entropy": "minimax",
@@ -25,16 +22,12 @@ VARIANTS = {
     "non-saturating, 5 steps of D": "ns --d-steps 5",
     "MSE, 5 steps of D": "lsgan --d-steps 5",
 }
-STUDY = digits.Study(
+STUDY = replace(
+    dcgan.STUDY,
     name="losses",
-    model=dcgan.DCGAN,
-    data="mnist",
     steps=1000,
     flags="--size 16 --ngf 32 --ndf 32 --sample-every 1000",
     variants=VARIANTS,
-    columns={"entropy of the digits, bits": 2},
-    score=lambda logits, due: (digits.entropy(logits),),
-    draw=digits.draw_strips,
 )
 
 if __name__ == "__main__":
