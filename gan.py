@@ -1163,7 +1163,7 @@ class Config:
     batch: int = option(64, "images per step, over all processes; at least 2", lambda n: 2 <= n < 1e9)
     lr_G: float = option(4e-4, "Adam's learning rate of the generator", positive)
     lr_D: float = option(4e-4, "Adam's learning rate of the discriminator", positive)
-    r1: float = option(0.1, "weight of the penalty on D's slope at real images", not_negative)
+    r1: float = option(0.02, "weight of the penalty on D's slope at real images", not_negative)
     beta1: float = option(0.0, "Adam's first beta, in [0, 1)", share)
     beta2: float = option(0.99, "Adam's second beta, in [0, 1)", share)
     d_steps: int = option(1, "discriminator updates per step", positive)
