@@ -82,6 +82,7 @@ class Generator(nn.Module):
         for layer in (self.linear, *layers_of(self.blocks, nn.Conv2d)):
             layer.weight.data *= 0.1
         # At first z moves the channels more than it scales them: gains of full scale tear shapes apart.
+        # Rows are the gains, then the biases; columns are z, then the class.
         for norm in layers_of(self.blocks, AdaptiveBatchNorm):
             norm.gain_bias.weight.data[: norm.norm.num_features, :z_dim] *= 0.3
 
@@ -105,7 +106,7 @@ class GeneratorBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, e):
-        h = upsample_conv(self.conv1, F.relu(self.norm1(x, e), inplace=True))
+        h = upsample_conv(self.conv1, F.relu(self.norm1(x, e), inplace=True))  # a quicker conv1(upsample(h))
         h = self.conv2(F.relu(self.norm2(h, e), inplace=True))
         return h.add_(upsample(self.skip(x)))  # upsampled last: the 1x1 skip is then cheaper
 
@@ -142,7 +143,7 @@ class Discriminator(nn.Module):
         orthogonal_init(self)
         for layer in layers_of(self, nn.Conv2d, nn.Linear, nn.Embedding):
             layer.weight.data *= 0.3  # spectral norm cancels the scale, so small weights change faster, as in G
-            gain = 2**0.5 if layer.weight.shape[2:] == (3, 3) else 1  # a ReLU takes half of the power (1502.01852)
+            gain = 2**0.5 if layer.weight.shape[2:] == (3, 3) else 1  # a ReLU halves the mean square (1502.01852)
             register_parametrization(layer, "weight", SpectralNorm(layer.weight, gain))
 
     def features(self, x):
@@ -170,7 +171,7 @@ class DiscriminatorBlock(nn.Module):
 
     def forward(self, x):
         h = self.conv1(F.relu(x))
-        return conv_pool(self.conv2, F.relu(h, inplace=True)).add_(self.skip(pool(x)))
+        return conv_pool(self.conv2, F.relu(h, inplace=True)).add_(self.skip(pool(x)))  # a quicker pool(conv2(h))
 
 
 # ---- Losses that D and G minimise, functions of the logits real[N] and fake[N]; softplus(-x) is -log sigmoid(x)
@@ -247,7 +248,7 @@ class GAN:
             fake = self.draw(y)
             loss_D, real_logits, fake_logits = self.update_D(real, fake.detach(), y)
 
-        # G has not changed since it drew fake. The real logits are those of D before its step, which saves a pass of D.
+        # G has not changed since it drew fake. The real logits, which only rpgan's G reads, are of D before its step.
         loss_G = self.update_G(real, fake, y, real_logits)
         for _ in range(c.g_steps - 1):
             loss_G = self.update_G(real, self.draw(y), y, real_logits)
@@ -265,7 +266,7 @@ class GAN:
 
     def update_D(self, real, fake, y):
         """Takes one step of D on real, fake [B,C,H,W] of the classes y[B]; returns its loss and both logits [B]."""
-        penalty = self.slope_penalty(real, y)  # first: a compiled pass bears no other before its gradient
+        penalty = self.slope_penalty(real, y)  # first, since a compiled pass allows no other before its gradient
         both = torch.cat([diff_augment(real, self.config.augment), diff_augment(fake, self.config.augment)])
         with self.autocast:  # one pass over both: fewer, larger products
             real_logits, fake_logits = self.D(both, y.repeat(2)).chunk(2)
@@ -274,12 +275,15 @@ class GAN:
         return loss.detach(), real_logits.detach(), fake_logits.detach()
 
     def slope_penalty(self, real, y):
-        """Returns the penalty r1 / 2 |dD/dx|^2 at augmented real[B,C,H,W] (arXiv 1801.04406), a scalar."""
-        if self.config.r1 == 0 or self.steps % 16:  # a second derivative is slow: every 16th step, of a quarter
+        """Returns the penalty R1 (arXiv 1801.04406) at real[B,C,H,W], a scalar: r1 / 2 times the mean |dD/dx|^2.
+
+        A second derivative is slow, so it is taken on every 16th step, 16 times as strong, of a quarter of the images.
+        """
+        if self.config.r1 == 0 or self.steps % 16:
             return 0
         x = diff_augment(real[::4], self.config.augment).requires_grad_()
         with self.autocast:
-            logits = self.D.forward(x, y[::4])  # a call may be compiled, which allows no second derivative
+            logits = self.D.forward(x, y[::4])  # D(x, y) may be compiled, which allows no second derivative
         (slopes,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
         return 16 * self.config.r1 / 2 * slopes.flatten(1).square().sum(dim=1).mean()
 
@@ -309,7 +313,7 @@ class GAN:
         half_life = min(self.config.ema_images, self.steps * self.config.batch / 20)
         weight = 1 - 0.5 ** (self.config.batch / half_life)
         torch._foreach_lerp_(list(self.G_ema.parameters()), list(self.G.parameters()), weight)
-        self.G_ema.load_state_dict(dict(self.G.named_buffers()), strict=False)
+        self.G_ema.load_state_dict(dict(self.G.named_buffers()), strict=False)  # batch norm's statistics are copied
 
     def after_log(self, run, record):
         """Does nothing; an override sees each line of the log, a dict, in the first process. run: the run's folder."""

@@ -619,13 +619,29 @@ def test_update_d_returns_its_loss_and_both_logits(loss):
 
 @pytest.mark.parametrize("steps, share", [(0, 1), (1, 0), (15, 0), (16, 1)])
 def test_slope_penalty_of_a_linear_d(steps, share):
-    """By hand: the slope is D's weights everywhere; 16 times r1 / 2 of its square on every 16th step."""
+    """By hand: the slope is the class's weights; 16 times r1 / 2 of its mean square on every 16th step."""
     model = toy(r1=0.3)
     model.steps = steps
     real, y = next(random_batches(model.config))
-    weights = torch.randn(real.shape[1:], generator=seeded(2))
-    model.D.forward = lambda x, y: (x * weights).sum(dim=(1, 2, 3))
-    assert model.slope_penalty(real, y) == pytest.approx(share * 2.4 * weights.square().sum().item(), rel=1e-5)
+    weights = torch.randn(3, *real.shape[1:], generator=seeded(2))
+    model.D.forward = lambda x, y: (x * weights[y]).sum(dim=(1, 2, 3))
+    squares = weights.square().sum(dim=(1, 2, 3))[y]
+    assert model.slope_penalty(real, y) == pytest.approx(share * 2.4 * (squares[0] + squares[4]).item() / 2, rel=1e-5)
+
+
+def test_convolutions_have_second_derivatives():
+    """torch.autograd.gradgradcheck: numerical derivatives of the gradients that the slope penalty takes."""
+    model = toy()
+    D = model.D.double().eval()  # which keeps the vectors of spectral norm
+    real, y = next(random_batches(model.config))
+    name = "blocks.0.conv2.parametrizations.weight.original"
+    weight = D.get_parameter(name).detach().requires_grad_()
+    x = real[:2].double().requires_grad_()
+
+    def logits(x, weight):
+        return torch.func.functional_call(D, {name: weight}, (x, y[:2]))
+
+    assert torch.autograd.gradgradcheck(logits, (x, weight), fast_mode=True)
 
 
 def test_update_d_descends_the_slope_penalty():
@@ -2446,6 +2462,14 @@ def test_prepare_says_that_classes_are_not_used(config, capsys):
     assert out.count("the 3 classes are not used: --cond conditions on them\n") == 1
     gan.prepare(config)
     assert "not used" not in capsys.readouterr().out
+
+
+def test_prepare_keeps_the_threads_of_a_compiled_run(config, monkeypatch):
+    """The definition: another number of threads would compile anew."""
+    monkeypatch.setattr(gan, "CORES", gan.Cores())
+    gan.CORES.active = True
+    gan.prepare(replace(config, compile=True))
+    assert not gan.CORES.active
 
 
 def test_prepare_refuses_a_run_that_is_complete(run, capsys):

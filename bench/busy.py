@@ -3,9 +3,9 @@
 
     python bench/busy.py --extractor net.pt2       # some twelve minutes on two cores, which must be idle before
 
-Each command runs as it comes and with OMP_NUM_THREADS=1, beside one busy process and beside one per core, which this
-program starts and ends, and on the idle machine, there also with a fixed thread per core. The commands in one place
-take turns. Each time is the least of --turns; training counts by its step, the other commands whole.
+Each command runs as it comes and with OMP_NUM_THREADS=1: on the idle machine, beside one busy process, and beside one
+per core. On the idle machine it also runs with a fixed thread per core. The commands in one place take turns. Each time
+is the least of --turns; training counts by its step, the other commands whole.
 """
 
 import argparse

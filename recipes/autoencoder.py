@@ -13,7 +13,7 @@ autoencoder fades one out and the other in; the GAN's walk stays one digit, as s
 The table in recipes/README.md: MNIST at 32 px, six epochs, one seed, so read only the large differences; another run of
 the GAN scored 9.5. Distances and errors are of the 10,000 test images, FD of 10,000 samples against as many training
 images. 5 minutes of one core of an AMD EPYC, torch 2.14.1.
-Takes `load_test_set` from classifier.py, `invert` from invert.py and `run_command` from report.py.
+Takes `load_test_set` from classifier.py, `invert` and `line` from invert.py, and `run_command` from report.py.
 """
 
 import sys
@@ -91,7 +91,7 @@ def kolmogorov_distance(z):
 
 
 def train(images, test, epochs, factor, seed=0, batch=BATCH):
-    """Trains an autoencoder on uint8 images [N,1,32,32]; the moment loss has this factor in the last epoch.
+    """Trains an autoencoder on uint8 images [N,1,32,32]; the factor of the moment loss grows to this one.
 
     Returns it, frozen, and the latents of uint8 test[M,1,32,32] after each epoch, [epochs,M,100].
     """
@@ -154,7 +154,7 @@ def draw_figure(path, history, pictures):
         axes.plot(x, torch.stack(shares), color="tab:blue", linewidth=0.3)
         axes.plot(x, torch.special.ndtr(x), "k--")
         axes.set_title(f"latents after epoch {epoch}")
-    bottom.suptitle("two rows each of N(0,1), of noise as wide as each latent, of the mixture, and of walks")
+    bottom.suptitle("autoencoder, two rows each: N(0,1), noise as wide as each latent, the mixture, walks")
     panels = bottom.subplots(1, len(pictures), squeeze=False)[0]
     for axes, (title, images) in zip(panels, pictures.items()):
         axes.imshow(gan.tile(images, 9).permute(1, 2, 0).numpy())

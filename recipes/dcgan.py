@@ -14,7 +14,7 @@ earlier form of the command made the table and the picture; it drew classes at r
 
 With ndf = 64 D's loss stays near 0. The entropy of 0 is no collapse: the shapes differ, on a gray ground, and the
 classifier reads all of them as one digit. Three seeds settle neither the effect of nz nor that of torch's first
-weights. At learning rates of 2e-6 G still draws noise. Runs of many epochs, and ngf and ndf up to 256, were not tried.
+weights. At learning rates of 2e-6 G still draws noise.
 Takes `Study` from digits.py.
 """
 

@@ -174,7 +174,11 @@ def draw_strips(model, runs):
 
 def draw_strip(model, folders, columns=16):
     """Draws a row for each run, uint8 [3,H,W]; with classes, the first run's grid of class by z."""
-    generators = [gan.load_generator(run, model=model)[0] for run in folders]
-    if generators[0].num_classes:
-        return gan.sample_grid(generators[0], columns)
-    return gan.tile(torch.cat([gan.generate(G, columns) for G in generators]), columns)
+    G, _ = gan.load_generator(folders[0], model=model)
+    if G.num_classes:
+        return gan.sample_grid(G, columns)
+    rows = [gan.generate(G, columns)]
+    for folder in folders[1:]:
+        G, _ = gan.load_generator(folder, model=model)
+        rows.append(gan.generate(G, columns))
+    return gan.tile(torch.cat(rows), columns)

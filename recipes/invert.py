@@ -107,16 +107,15 @@ def walk(G, z, y, path=gan.arc, columns=9):
     """Walks along a path from z[0] and class y[0] to z[1] and y[1]: samples [columns,C,S,S]."""
     between = {}
     if G.num_classes:
-        start, end = G.embed(y)
-        t = torch.linspace(0, 1, columns)[:, None]
-        between["embed.weight"] = torch.lerp(start, end, t)
+        classes = G.embed(y)
+        between["embed.weight"] = line(classes[:1], classes[1:], columns)[0]
     points = path(z[:1], z[1:], columns)[0]
     inputs = points, torch.arange(columns)
     return torch.func.functional_call(G, between, inputs)
 
 
 def line(a, b, n):
-    """Walks straight from a[N,d] to b[N,d] in n points [N,n,d], which are shorter midway than any z of G's."""
+    """Walks straight from a[N,d] to b[N,d] in n points [N,n,d], shorter midway than nearly any z."""
     start = a[:, None]
     end = b[:, None]
     t = torch.linspace(0, 1, n)[:, None]
@@ -162,7 +161,7 @@ def restore(G, x, visible, starts, steps):
     everything = torch.ones_like(visible)
     z, y, _ = invert(G, masked, everything, starts, steps)
     restored["as it is"] = G(z, y)
-    z, y, _ = invert(G, x, visible, 1, steps)
+    z, y, _ = invert(G, x, visible, max(1, G.num_classes), steps)  # one for each class
     restored["one start"] = G(z, y)
     z, y, losses = invert(G, x, visible, starts, steps)
     restored[f"best of {starts}"] = G(z, y)

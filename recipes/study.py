@@ -37,8 +37,6 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gan
@@ -199,8 +197,8 @@ def run_gan(threads, *argv, model=gan.GAN):
 def add_variety(job):
     """Appends the scores of a run with classes once more, each with its variety.
 
-    Variety is the variance of the samples' features within a class over that of the real images, so 1 is as varied as
-    real, and 0 one picture for each class.
+    Variety is the variance of the features within a class, over that of the real images: 1 is as varied as real, 0 is
+    one picture for each class. Without a class of two real images there is none.
     """
     rows = [row for row in job.scores().values() if row["network"] and "variety" not in row]
     config = gan.read_checkpoint(job.run, job.model)["config"]
@@ -211,6 +209,8 @@ def add_variety(job):
     images, labels, names = gan.load_images(job.data, config.size, config.channels, config.data_dir)
     real = metrics.measure_cached(network, images, gan.cache_folder())
     of_real = variance_within(real.features, labels)
+    if not of_real:
+        return
     for row in rows:
         G, _ = gan.load_generator(job.run, device, row["trunc"], model=job.model)
         classes = gan.classes_like(G, labels, names, row["seed"])  # as eval does
@@ -221,9 +221,10 @@ def add_variety(job):
 
 
 def variance_within(features, labels):
-    """Sums the variances of features [n,d] within a class, by labels [n], and averages the classes."""
-    variances = [features[labels == c].var(dim=0).sum() for c in labels.unique()]
-    return torch.stack(variances).mean().item()
+    """Sums the variances of features [n,d] within a class, by labels [n], and averages the classes of two or more."""
+    classes = [features[labels == c] for c in labels.unique()]
+    variances = [some.var(dim=0).sum().item() for some in classes if len(some) > 1]
+    return statistics.mean(variances) if variances else 0
 
 
 # ---- The table
@@ -255,7 +256,7 @@ def score_names(rows):
 
 def with_arrow(name):
     if name == "variety":
-        return name  # as much as real images have is best
+        return name  # 1 is best
     return f"{name} {'↓' if name in LOWER_IS_BETTER else '↑'}"
 
 
@@ -368,7 +369,9 @@ def study(args, definition, configs):
     import report  # here, since it takes the table from this file
 
     jobs = plan(args, definition, configs)
-    make_all(jobs, args.jobs, add_variety)
+    make_all(jobs, args.jobs)
+    for job in jobs:
+        add_variety(job)
 
     rows = []
     variants = {}

@@ -38,7 +38,7 @@ import report
 
 @dataclass
 class Config(gan.Config):
-    unroll: int = gan.option(5, "steps of D that G looks ahead; 0: a plain GAN", lambda k: 0 <= k < 1e9)
+    unroll: int = gan.option(5, "steps of D that G looks ahead; 0: a plain GAN", gan.not_negative)
     second_order: bool = gan.option(True, "let G's gradient flow through these steps, as in the paper")
     plain: bool = gan.option(False, "small perceptrons in place of convolutional networks; --width is theirs")
 

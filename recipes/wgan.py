@@ -16,7 +16,7 @@ wgan and ns draw some digits too rarely.
 The table in recipes/README.md: USPS at 16 px, 1,200 steps, one step of the critic for one of G, no augmentation; the
 learning rates are 0.0016 for G and 0.0002 for the critic, beta2 is 0.9. The classifier reads 5,000 samples of each run.
 Three seeds of wgan and ns, one of each change, so read only the large differences. The 17 runs and their scores took 24
-minutes of one core of an AMD EPYC with bfloat16, torch 2.14.1; the study's 11 take 16.
+minutes of one core of an AMD EPYC with bfloat16, torch 2.14.1.
 Takes `Study` from digits.py.
 """
 

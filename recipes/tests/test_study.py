@@ -148,6 +148,13 @@ def test_variance_within_averages_the_classes():
     assert study.variance_within(features, torch.tensor([0, 0, 1, 1])) == (2 + 0.5) / 2
 
 
+def test_variance_within_leaves_out_classes_of_one():
+    """By definition: one image has no variance."""
+    features = torch.tensor([[0.0, 1], [2, 2], [9, 9]])
+    assert study.variance_within(features, torch.tensor([0, 0, 1])) == 2 + 0.5
+    assert study.variance_within(features, torch.arange(3)) == 0
+
+
 def test_the_page_says_the_variety_of_runs_with_classes(place, runs):
     row = gan.read_rows(runs[2] / "eval.jsonl")[-1]
     page = (place / "out" / "report.html").read_text()

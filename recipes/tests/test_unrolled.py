@@ -100,20 +100,6 @@ def test_look_ahead_moves_D():
     assert moved > 1e-3
 
 
-def test_convolutions_have_the_second_derivatives_of_a_look_ahead():
-    """torch.autograd.gradgradcheck: numerical derivatives of gradients."""
-    model, real, _, y = make_model(loss="ns")
-    D = model.D.double().eval()  # which keeps the vectors of spectral norm
-    name = "blocks.0.conv2.parametrizations.weight.original"
-    weight = D.get_parameter(name).detach().requires_grad_()
-    x = real[:2].double().requires_grad_()
-
-    def logits(x, weight):
-        return torch.func.functional_call(D, {name: weight}, (x, y[:2]))
-
-    assert torch.autograd.gradgradcheck(logits, (x, weight), fast_mode=True)
-
-
 @pytest.fixture
 def ring_model():
     """A GAN of perceptrons in float64 after a step, real points and z."""

@@ -11,9 +11,6 @@ import gan
 import wgan
 
 TOY = {"size": 16, "width": 4, "max_width": 8, "z_dim": 8, "batch": 8, "device": "cpu", "amp": "off"}
-# A kernel of 3x3 whose matrix has the norm 2**0.5 stretches an image by 3 * 2**0.5 at most; a mean over 2x2 pixels
-# halves it, the sum over 4x4 stretches by 4. A block is a mean of (3 * 3 * 2 of its convs + 1 of its skip).
-BOUND = 3 * 2**0.5 * ((3 * 3 * 2 + 1) / 2) ** 2 * 4
 
 
 def critic(**change):
@@ -37,12 +34,6 @@ def test_critic_has_weights_of_bounded_norm():
         assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2) < 1.02 * most
 
 
-@pytest.mark.parametrize("gain", [1.0, 0.05])
-def test_critic_has_a_bounded_slope(gain):
-    steepest = slopes(critic(gain=gain).eval()).max()
-    assert 0 < steepest < 1.1 * gain * BOUND
-
-
 def test_critic_keeps_its_slope_when_its_weights_grow():
     D = critic().eval()
     before = slopes(D)
@@ -54,12 +45,17 @@ def test_critic_keeps_its_slope_when_its_weights_grow():
 
 
 @torch.no_grad()
-def test_critic_with_batch_norm_exceeds_the_bound():
-    x = 3e-4 * torch.rand(64, 1, 16, 16)  # in training, batch norm blows up whatever differs within a batch
-    logits = critic(batch_norm=True)(x)
-    rise = (logits[1:] - logits[:-1]).abs().max()
-    distance = (x[1:] - x[:-1]).flatten(1).norm(dim=1).max()
-    assert rise / distance > BOUND
+def test_critic_with_batch_norm_has_no_bounded_slope():
+    """By definition: batch norm blows up whatever differs within a batch, so half of the distance doubles the slope."""
+
+    def steepest(D, scale):
+        x = scale * torch.rand(64, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+        rise = (D(x)[1:] - D(x)[:-1]).abs().max()
+        return (rise / (x[1:] - x[:-1]).flatten(1).norm(dim=1).max()).item()
+
+    plain, normed = critic(), critic(batch_norm=True)
+    assert steepest(plain, 0.01) == pytest.approx(steepest(plain, 0.02), rel=0.2)
+    assert steepest(normed, 0.01) == pytest.approx(2 * steepest(normed, 0.02), rel=0.2)
 
 
 def test_critic_with_batch_norm_has_one_after_each_block():
