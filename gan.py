@@ -999,7 +999,7 @@ def decode(folder, files, size, channels):
 
     if not kept:
         formats = ", ".join(FORMATS)
-        raise UserError(f"no images of {formats} among {len(files)} files: {', '.join(skipped[:2])}")
+        raise UserError("; ".join([f"no images of {formats} among {len(files)} files", *skipped[:2]]))
     remarks = []
     if skipped:
         remarks.append(f"skipped {len(skipped)} of {len(files)} files, such as {', '.join(skipped[:10])}")
@@ -1403,7 +1403,8 @@ def prepare(config, resume=None, model=GAN):
     run = Run(folder, gan.steps, steps, per_epoch, sample_every, tile(to_uint8(seen)))
 
     # Report the sizes.
-    say(f"{len(images)} images, {len(classes)} classes: {describe(classes, labels) or 'none'}")
+    known = f"{len(classes)} classes: {describe(classes, labels)}" if classes else "no classes"
+    say(f"{len(images)} images, {known}")
     if len(classes) > 1 and not config.cond:
         say(f"the {len(classes)} classes are not used: --cond conditions on them")
     say(f"G {millions(gan.G):.2f} M, D {millions(gan.D):.2f} M parameters")
@@ -1436,11 +1437,11 @@ def millions(net):
 def check_batches(config, images, classes):
     """Refuses a batch or classes that the images cannot give."""
     if len(images) < config.batch:
-        raise UserError(f"--batch {config.batch} is more than the {len(images)} images of {config.data}")
+        raise UserError(f"--batch {config.batch} is more than the {len(images)} images of {config.data}: give less")
     if config.batch % n_ranks():
         raise UserError(f"--batch must be a multiple of {n_ranks()}, the number of processes")
     if config.cond and len(classes) < 2:
-        raise UserError(f"--cond needs two sub-folders, without images beside them; {config.data} has {len(classes)}")
+        raise UserError(f"--cond needs two sub-folders of images, and no images beside them, in {config.data}")
 
 
 def check_processes(gan):

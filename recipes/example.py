@@ -3,7 +3,7 @@
 
     python recipes/example.py RUN [CLASS...]
 
-Writes example.png. Classes are names or numbers.
+Writes example.png. RUN is a folder, such as runs/0000-rpgan-synthetic-32; classes are names or numbers.
 """
 
 import sys
