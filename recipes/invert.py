@@ -107,8 +107,8 @@ def walk(G, z, y, path=gan.arc, columns=9):
     """Walks along a path from z[0] and class y[0] to z[1] and y[1]: samples [columns,C,S,S]."""
     between = {}
     if G.num_classes:
-        classes = G.embed(y)
-        between["embed.weight"] = line(classes[:1], classes[1:], columns)[0]
+        start, end = G.embed(y).split(1)
+        between["embed.weight"] = line(start, end, columns)[0]
     points = path(z[:1], z[1:], columns)[0]
     inputs = points, torch.arange(columns)
     return torch.func.functional_call(G, between, inputs)
@@ -161,7 +161,8 @@ def restore(G, x, visible, starts, steps):
     everything = torch.ones_like(visible)
     z, y, _ = invert(G, masked, everything, starts, steps)
     restored["as it is"] = G(z, y)
-    z, y, _ = invert(G, x, visible, max(1, G.num_classes), steps)  # one for each class
+    fewest = max(1, G.num_classes)  # a start for each class
+    z, y, _ = invert(G, x, visible, fewest, steps)
     restored["one start"] = G(z, y)
     z, y, losses = invert(G, x, visible, starts, steps)
     restored[f"best of {starts}"] = G(z, y)
