@@ -174,11 +174,10 @@ def draw_strips(model, runs):
 
 def draw_strip(model, folders, columns=16):
     """Draws a row for each run, uint8 [3,H,W]; with classes, the first run's grid of class by z."""
-    G, _ = gan.load_generator(folders[0], model=model)
-    if G.num_classes:
-        return gan.sample_grid(G, columns)
-    rows = [gan.generate(G, columns)]
-    for folder in folders[1:]:
+    rows = []
+    for folder in folders:
         G, _ = gan.load_generator(folder, model=model)
+        if G.num_classes:
+            return gan.sample_grid(G, columns)
         rows.append(gan.generate(G, columns))
     return gan.tile(torch.cat(rows), columns)
