@@ -7,7 +7,7 @@
     python gan.py sample --interpolate --out walk.png
 
 A residual generator with adaptive batch norm meets a projection discriminator (arXiv 1802.05637) with spectral norm
-(1802.05957), under differentiable augmentation (2006.10738). An average of the generator's weights draws the samples.
+(1802.05957), under differentiable augmentation (2006.10738). Samples come from a generator with averaged weights.
 """
 
 import argparse
@@ -77,8 +77,8 @@ class Generator(nn.Module):
         self.conv = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
         orthogonal_init(self)
-        # A batch norm follows these layers, so the scale of their weights does not matter. Adam's steps ignore it,
-        # so small weights change faster in proportion.
+        # Adam's steps do not depend on the scale of the weights, so small weights change faster in proportion.
+        # Batch norm removes the scale itself; at first the branches, which have norms inside, outweigh the 1x1 skips.
         for layer in (self.linear, *layers_of(self.blocks, nn.Conv2d)):
             layer.weight.data *= 0.1
         # At first z moves the channels more than it scales them: gains of full scale tear shapes apart.
@@ -143,7 +143,8 @@ class Discriminator(nn.Module):
         orthogonal_init(self)
         for layer in layers_of(self, nn.Conv2d, nn.Linear, nn.Embedding):
             layer.weight.data *= 0.3  # spectral norm cancels the scale, so small weights change faster, as in G
-            gain = 2**0.5 if layer.weight.shape[2:] == (3, 3) else 1  # a ReLU halves the mean square (1502.01852)
+            # Each 3x3 convolution makes up for a ReLU, which halves the mean square (1502.01852); skips have none.
+            gain = 2**0.5 if layer.weight.shape[2:] == (3, 3) else 1
             register_parametrization(layer, "weight", SpectralNorm(layer.weight, gain))
 
     def features(self, x):
@@ -151,7 +152,7 @@ class Discriminator(nn.Module):
         h = self.conv(x.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             h = block(h)
-        return F.relu(at_least_float32(h)).sum(dim=(2, 3))  # a sum of many terms needs more digits than bfloat16 has
+        return F.relu(at_least_float32(h)).sum(dim=(2, 3))  # bfloat16 would round phi to three digits
 
     def forward(self, x, y=None):
         phi = self.features(x)
@@ -197,18 +198,18 @@ G_LOSSES = {
 class GAN:
     """Both networks, the averaged generator, the optimizers, and the step that trains them.
 
-    For another GAN, override `networks`, whose results are called as G(z, y) and D(x, y) (G has z_dim and num_classes),
-    or `update_D`, `update_G` or `train_step`, or `Config`, whose fields become flags. main(model=YourGAN) runs it.
+    For another GAN, override `networks`, `update_D`, `update_G` or `train_step`. `networks` returns G and D, called as
+    G(z, y) and D(x, y); G has z_dim and num_classes. The fields of `Config` become flags. main(model=YourGAN) runs it.
     """
 
-    PARTS = ("G", "D", "G_ema", "opt_G", "opt_D", "scaler")  # whose state_dict a checkpoint holds
+    PARTS = ("G", "D", "G_ema", "opt_G", "opt_D", "scaler")  # a checkpoint holds the state_dict of each
 
     def __init__(self, config, num_classes=0, device="cpu"):
         torch.manual_seed(config.seed)
         self.config = config
         self.device = torch.device(device)
         self.steps = 0
-        self.classes = []  # names
+        self.classes = []  # their names; `prepare` sets both
         self.images = None  # a hash of the images
 
         G, D = self.networks(config, num_classes)
@@ -237,7 +238,7 @@ class GAN:
         return Generator(*shape, config.z_dim, num_classes), Discriminator(*shape, num_classes)
 
     def train_step(self, data):
-        """Runs config.d_steps updates of D and config.g_steps of G on data, an iterator such as `batches`.
+        """Runs config.d_steps updates of D, each on a new batch of data (an iterator such as `batches`), then of G.
 
         Returns float32 [4] on the device, without waiting for it: both losses, then D's mean logits of real and fake.
         """
@@ -248,7 +249,8 @@ class GAN:
             fake = self.draw(y)
             loss_D, real_logits, fake_logits = self.update_D(real, fake.detach(), y)
 
-        # G has not changed since it drew fake. The real logits, which only rpgan's G reads, are of D before its step.
+        # G has not changed since it drew fake, so its first update takes these samples. Only rpgan's G reads the real
+        # logits, which are of D before its last update.
         loss_G = self.update_G(real, fake, y, real_logits)
         for _ in range(c.g_steps - 1):
             loss_G = self.update_G(real, self.draw(y), y, real_logits)
@@ -266,7 +268,7 @@ class GAN:
 
     def update_D(self, real, fake, y):
         """Takes one step of D on real, fake [B,C,H,W] of the classes y[B]; returns its loss and both logits [B]."""
-        penalty = self.slope_penalty(real, y)  # first, since a compiled pass allows no other before its gradient
+        penalty = self.slope_penalty(real, y)  # first: a compiled D allows no other pass between its own and backward
         both = torch.cat([diff_augment(real, self.config.augment), diff_augment(fake, self.config.augment)])
         with self.autocast:  # one pass over both: fewer, larger products
             real_logits, fake_logits = self.D(both, y.repeat(2)).chunk(2)
@@ -275,9 +277,10 @@ class GAN:
         return loss.detach(), real_logits.detach(), fake_logits.detach()
 
     def slope_penalty(self, real, y):
-        """Returns config.slope / 2 times the mean of max(0, |dD/dx| - 1)^2 at real[B,C,H,W] (arXiv 1709.08894).
+        """Penalises slopes of D beyond 1: slope / 2 times the mean of max(0, |dD/dx| - 1)^2 (after arXiv 1709.08894).
 
-        A second derivative is slow, so it is taken on every 16th step, 16 times as strong, of a quarter of the images.
+        A second derivative is slow, so it is taken on every 16th step alone, at a quarter of the augmented images of
+        real[B,C,H,W], and weighted by 16.
         """
         if self.config.slope == 0 or self.steps % 16:
             return 0
@@ -289,7 +292,10 @@ class GAN:
         return 16 * self.config.slope / 2 * excess.square().mean()
 
     def update_G(self, real, fake, y, real_logits):
-        """Takes one step of G on its samples fake [B,C,H,W] of the classes y[B]; returns its loss, a scalar."""
+        """Takes one step of G on its samples fake [B,C,H,W] of the classes y[B]; returns its loss, a scalar.
+
+        real [B,C,H,W] is there for overrides; real_logits [B] are D's.
+        """
         self.D.requires_grad_(False)  # the gradient passes through D, which needs none of its own
         augmented = diff_augment(fake, self.config.augment)
         with self.autocast:
@@ -314,13 +320,13 @@ class GAN:
         half_life = min(self.config.ema_images, self.steps * self.config.batch / 20)
         weight = 1 - 0.5 ** (self.config.batch / half_life)
         torch._foreach_lerp_(list(self.G_ema.parameters()), list(self.G.parameters()), weight)
-        self.G_ema.load_state_dict(dict(self.G.named_buffers()), strict=False)  # batch norm's statistics are copied
+        self.G_ema.load_state_dict(dict(self.G.named_buffers()), strict=False)  # batch norm's are averages already
 
     def after_log(self, run, record):
-        """Does nothing; an override sees each line of the log, a dict, in the first process. run: the run's folder."""
+        """Does nothing. The first process calls it with the run's folder and each record of the log, a dict."""
 
     def after_save(self, run):
-        """Does nothing; an override runs after each checkpoint, in the first process. Returning True ends the run."""
+        """Does nothing. The first process calls it after each checkpoint; to return True ends the run."""
 
     def save(self, path):
         """Writes a checkpoint; the old file survives until the new one is complete. Refuses what is not finite."""
@@ -339,7 +345,10 @@ class GAN:
             file.write(buffer.getbuffer())
 
     def load(self, path):
-        """Restores what `save` wrote. Refuses other images, and other values of options that must not change."""
+        """Restores what `save` wrote, except options such as lr_G that may change.
+
+        Refuses other images, and other values of options that must not change.
+        """
         content = read_checkpoint(path, type(self))
         check_resumable(self.config, content["config"])
         if (self.classes, self.images) != (content["classes"], content["images"]):
@@ -350,11 +359,12 @@ class GAN:
             for name in self.PARTS:
                 if name != "scaler" or content[name]:  # without float16 the scaler has no state
                     getattr(self, name).load_state_dict(content[name])
+            # Adam takes moments of any shape; () is its count of steps.
             for p, state in [*self.opt_G.state.items(), *self.opt_D.state.items()]:
                 if any(t.shape not in (p.shape, ()) for t in state.values() if torch.is_tensor(t)):
                     raise UserError("the optimizers are of other networks")
         self.steps = content["steps"]
-        self.opt_G.param_groups[0]["lr"] = self.config.lr_G
+        self.opt_G.param_groups[0]["lr"] = self.config.lr_G  # the optimizers brought back the old ones
         self.opt_D.param_groups[0]["lr"] = self.config.lr_D
 
 
@@ -384,7 +394,7 @@ def at_least_float32(x):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d, over the batches of all processes where it is synced; nn.SyncBatchNorm is for CUDA alone."""
+    """Normalises by the batches of all processes where it is synced; nn.SyncBatchNorm does not run on a CPU."""
 
     synced = False  # GAN turns it on in the networks that all processes train
 
@@ -394,7 +404,7 @@ class BatchNorm(nn.BatchNorm2d):
 
         var, mean = torch.var_mean(at_least_float32(h), dim=(0, 2, 3), correction=0)
         common = SumOverRanks.apply(mean) / n_ranks()  # [C]
-        var = SumOverRanks.apply(var + (mean - common) ** 2) / n_ranks()
+        var = SumOverRanks.apply(var + (mean - common) ** 2) / n_ranks()  # within the batches, and between them
 
         n = n_ranks() * h.numel() / h.shape[1]
         self.running_mean.lerp_(common.detach(), self.momentum)
@@ -407,9 +417,9 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class SpectralNorm(nn.Module):
-    """Gives a weight the largest singular value `gain`; unlike torch's, in float32 even under autocast.
+    """Scales a weight so that its largest singular value is `gain`; unlike torch's, in float32 even under autocast.
 
-    Each forward pass in training makes one power iteration, on the weight as a matrix [shape[0], rest].
+    Each forward pass in training runs one power iteration on the weight, reshaped to [shape[0], rest].
     """
 
     def __init__(self, weight, gain=1):
