@@ -903,12 +903,12 @@ def fetch_flowers(folder):
         reading(folder, "folder of flowers"),
     ):
         download_and_extract_archive(FLOWERS, part, md5=FLOWERS_MD5)
+        classes = Path(part, "classes")
         for i in range(1360):
-            own = Path(part, "classes", FLOWERS_CLASSES[i // 80])
-            own.mkdir(parents=True, exist_ok=True)
-            os.replace(Path(part, "jpg", f"image_{i + 1:04d}.jpg"), own / f"image_{i + 1:04d}.jpg")
+            name = f"image_{i + 1:04d}.jpg"
+            os.renames(Path(part, "jpg", name), classes / FLOWERS_CLASSES[i // 80] / name)  # makes the class's folder
         if not folder.exists():  # unless another process was faster
-            os.replace(own.parent, folder)
+            os.replace(classes, folder)
     return folder
 
 
@@ -920,7 +920,7 @@ def load_torchvision(data, size, channels, data_dir):
         labels = torch.as_tensor(dataset.targets)
     images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
     images = torch.cat([fit(part, size, channels) for part in images.split(1000)]).contiguous()
-    classes = dataset.classes if data == "cifar10" else [str(c) for c in range(10)]
+    classes = dataset.classes if data == "cifar10" else list("0123456789")
     return images, labels, classes
 
 
@@ -1102,7 +1102,9 @@ def pixels_of(image):
 
 def cache_folder():
     """Returns the Path where decoded images and their features are kept."""
-    home = os.path.expanduser("~").replace("~", tempfile.gettempdir())  # some users have no home
+    home = os.path.expanduser("~")
+    if home == "~":  # the user has no home
+        home = tempfile.gettempdir()
     return Path(os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache", "gan.py")
 
 
@@ -1173,7 +1175,7 @@ class Config:
     width: int | None = option(None, "channels at full resolution (size / 2)", layer_size)
     max_width: int = option(512, "most channels of any layer", layer_size)
     z_dim: int = option(128, "length of the noise vector", layer_size)
-    epochs: float | None = option(None, "passes over the data (150, or more up to 3,000 steps; synthetic 75)", positive)
+    epochs: float | None = option(None, "passes over the data (150, but at least 3,000 steps; synthetic 75)", positive)
     steps: int | None = option(None, "training steps, instead of epochs", positive)
     batch: int = option(64, "images per step, over all processes; at least 2", lambda n: 2 <= n < 1e9)
     lr_G: float = option(4e-4, "Adam's learning rate of the generator", positive)
@@ -1425,12 +1427,11 @@ def prepare(config, resume=None, model=GAN):
 
 
 def planned_steps(config, per_epoch):
-    """Returns the steps of a whole run, by default 150 epochs, and of few images as many as they need to be learned."""
+    """Returns the steps of a whole run, by default of 150 epochs, but at least 3,000 (synthetic data: 75 epochs)."""
     if config.steps:
         return config.steps
-    if config.epochs:
-        return max(1, round(config.epochs * per_epoch))
-    return round(75 * per_epoch) if config.data == "synthetic" else max(3000, round(150 * per_epoch))
+    default = 75 if config.data == "synthetic" else max(150, 3000 / per_epoch)
+    return max(1, round((config.epochs or default) * per_epoch))
 
 
 def describe(classes, labels):
@@ -1480,7 +1481,7 @@ def train(config, resume=None, model=GAN):
             losses.append(gan.train_step(data))
             CORES.adapt()
             forecast(gan, run)
-            stopped = any_rank(len(stop) > 0)
+            stopped = any_rank(stop)
             draws = gan.steps == run.steps or gan.steps % run.sample_every == 0
             saves = draws or stopped or any_rank(time.monotonic() > run.saved + 60 * gan.config.save_minutes)
 
@@ -1539,7 +1540,7 @@ def save(gan, run, draws):
         gan.save(run.folder / "checkpoint.pt")
         ended = gan.after_save(run.folder)
     run.saved = time.monotonic()
-    return any_rank(ended or False)
+    return any_rank(ended)
 
 
 @contextlib.contextmanager
@@ -1630,8 +1631,8 @@ class SumOverRanks(torch.autograd.Function):
 
 
 def any_rank(answer):
-    """Returns whether the answer is true in any process: what one asks for, all do."""
-    mean = torch.tensor(float(answer))
+    """Returns whether the answer is true in any process, so that all act alike."""
+    mean = torch.tensor(float(bool(answer)))
     average_over_ranks([mean])
     return mean.item() > 0
 
@@ -1764,9 +1765,8 @@ def sample_command(args, model):
     if kind == ".png":
         write_picture(out, picture_of(G, args), SHEET)
     else:
-        n = args.n or 10 * (len(args.classes) or G.num_classes or 8)
-        every = range(G.num_classes)
-        write_samples(out, G, n, choose_classes(G, n, args.classes or every or None), args.seed)
+        classes = args.classes or range(G.num_classes)
+        write_samples(out, G, args.n or 10 * (len(classes) or 8), classes or None, args.seed)
     say(f"wrote {out}, of the run {run}")
 
 
@@ -1780,9 +1780,10 @@ def picture_of(G, args):
     return sample_grid(G, seed=args.seed)
 
 
-def write_samples(out, G, n, labels, seed):
-    """Writes n samples of labels [n] as an .npz, or as a new folder of pictures with a sub-folder for each class."""
-    images = generate(G, n, labels.tolist() if G.num_classes else None, seed)
+def write_samples(out, G, n, classes, seed):
+    """Writes n samples of the classes in turn as an .npz, or as a new folder with a sub-folder for each class."""
+    images = generate(G, n, classes, seed)
+    labels = choose_classes(G, n, classes)
     if out.suffix == ".npz":
         pixels = images.permute(0, 2, 3, 1).numpy()  # uint8 [n,H,W,C]
         arrays = {"images": pixels, "arr_0": pixels}  # arr_0 for ADM's evaluator
