@@ -1132,7 +1132,7 @@ def batches(images, labels, config, device, start=0):
 
 # ---- Config: every hyper-parameter once; the flags of `train`, their help and config.json are made from it
 def option(default, help, valid=None):
-    """Declares a field of a config; valid is a tuple of choices, or a function of the value."""
+    """Declares a field of a config; valid holds the choices, or is a function of the value."""
     return field(default=default, metadata={"help": help, "valid": valid})
 
 
@@ -1164,7 +1164,7 @@ def layer_size(value):
 class Config:
     """Holds all hyper-parameters of a run. None stands for the default in parentheses, which `resolve` fills in."""
 
-    loss: str = option("rpgan", "adversarial loss", tuple(D_LOSSES))
+    loss: str = option("rpgan", "adversarial loss", D_LOSSES)
     cond: bool = option(False, "condition on the class; needs data with classes")
     data: str = option("synthetic", f"a folder of images or of class folders, or one of {', '.join(DATASETS)}", bool)
     data_dir: str = option("data", "where the named data sets lie or are downloaded to")
@@ -1860,7 +1860,7 @@ def add_option(parser, field):
     if kind_of(field) is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
     else:
-        parser.add_argument(flag, type=kind_of(field), choices=valid if isinstance(valid, tuple) else None, **common)
+        parser.add_argument(flag, type=kind_of(field), choices=None if callable(valid) else valid, **common)
 
 
 def main(argv=None, model=GAN):

@@ -2023,6 +2023,13 @@ def test_batches_mirror_half_of_the_images():
     assert (x.sum(3) == 0).all()
 
 
+def test_loss_may_be_one_that_a_program_added(monkeypatch):
+    """By hand: what a program puts into D_LOSSES after the import is a loss of the config and of the flag."""
+    monkeypatch.setitem(gan.D_LOSSES, "mine", gan.D_LOSSES["ns"])
+    assert gan.resolve(gan.Config(loss="mine")).loss == "mine"
+    assert gan.make_parser(gan.GAN).parse_args(["train", "--loss", "mine"]).loss == "mine"
+
+
 # ---- gan.py: config
 @pytest.mark.parametrize(
     "data, expected",
@@ -2898,7 +2905,8 @@ def test_main_reports_each_process_under_torchrun(argv, hints, tmp_path):
     """The definition: one line from each process for each mistake, and nothing is written."""
     (tmp_path / "mistakes.py").write_text(MISTAKES)
     shutil.copy(HERE / "gan.py", tmp_path)
-    done = torchrun(*argv.split(), cwd=tmp_path)
+    # torchrun ends the other process once it sees that one has failed, so it should not look too soon.
+    done = torchrun("--monitor-interval", "3", *argv.split(), cwd=tmp_path)
     errors = [line for line in done.stderr.splitlines() if ".py: error" in line]
     assert done.returncode != 0
     for hint in hints:

@@ -34,7 +34,7 @@ import gan
 
 @dataclass
 class Config(gan.Config):
-    loss: str = gan.option("wgan", "adversarial loss", tuple(gan.D_LOSSES))
+    loss: str = gan.option("wgan", "adversarial loss", gan.D_LOSSES)
     lr_G: float = gan.option(1.6e-3, "Adam's learning rate of the generator", gan.positive)
     lr_D: float = gan.option(2e-4, "Adam's learning rate of the critic", gan.positive)
     beta2: float = gan.option(0.9, "Adam's second beta, in [0, 1)", gan.share)
