@@ -209,7 +209,7 @@ class GAN:
         self.config = config
         self.device = torch.device(device)
         self.steps = 0
-        self.classes = []  # their names; `prepare` sets both
+        self.classes = []  # names; prepare sets these two
         self.images = None  # a hash of the images
 
         G, D = self.networks(config, num_classes)
