@@ -773,7 +773,7 @@ def say(line, file=None):
 def shout(line, file=None):
     """Prints a line from this process, whichever it is."""
     with contextlib.suppress(OSError, ValueError):  # a reader that has gone away is no reason to stop
-        print(printable(line), file=file, flush=True)
+        print(f"{printable(line)}\n", end="", file=file, flush=True)  # one write: processes' lines stay whole
 
 
 class Progress:
