@@ -572,7 +572,8 @@ def class_index(G, which):
         return names.index(which)
     is_number = not isinstance(which, str) or (which.isdecimal() and not any(name.isdecimal() for name in names))
     if not is_number or not 0 <= int(which) < G.num_classes:
-        raise UserError(f"no class {which}: there are {names or G.num_classes}")
+        known = ", ".join(names) or f"{G.num_classes} classes"
+        raise UserError(f"no class {which}: there are {known}")
     return int(which)
 
 
@@ -1247,7 +1248,7 @@ def checked(field, value):
         same = kind is str or converted == value
         if same and (valid is None or (valid(converted) if callable(valid) else converted in valid)):
             return converted
-    raise UserError(f"{field.name} cannot be {value!r}: {field.metadata['help']}")
+    raise UserError(f"{field.name} cannot be {value!r}: {field.metadata.get('help', kind.__name__)}")
 
 
 # ---- Runs: a folder with config.json, checkpoint.pt, log.jsonl, real.png and samples/
@@ -1723,7 +1724,7 @@ def classes_like(G, labels, names, seed):
         return None
     unknown = [name for name in names if name not in G.classes]
     if unknown:
-        raise UserError(f"the run has no class {unknown[0]}: there are {G.classes}")
+        raise UserError(f"the run has no class {unknown[0]}: there are {', '.join(G.classes)}")
     indices = torch.tensor([G.classes.index(name) for name in names])
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     return indices[labels[order]].tolist()
@@ -1743,16 +1744,19 @@ def train_command(args, model):
     if "name" in given:
         raise UserError("--name is for a new run; --resume keeps the folder of its run")
     run = find_run(args.resume, given.get("runs", "runs"))
-    config = read_checkpoint(run, model)["config"]
+    before = read_checkpoint(run, model)["config"]
     if "epochs" in given:
-        config = replace(config, steps=None)
-    train(replace(config, **given), run, model)
+        given = {"steps": None, **given}
+    config = replace(before, **given)
+    check_resumable(config, before)  # before the images are decoded
+    train(config, run, model)
 
 
 def eval_command(args, model):
     run = find_run(args.run, args.runs)
     say(f"the run {run}")
     evaluate(run, args.trunc, args.n, args.extractor, args.device, args.seed, args.data, model)
+    say(f"see eval.jsonl and eval-trunc-*.png in {checkpoint_of(run).parent}")
 
 
 def sample_command(args, model):
@@ -1852,11 +1856,11 @@ def make_parser(model):
 def add_option(parser, field):
     """Adds the flag of a config's field, absent unless given, so that --resume can tell what was asked for."""
     flag = f"--{field.name.replace('_', '-')}"
-    help = field.metadata["help"]
+    help = field.metadata.get("help", "")  # a subclass may declare a field without option
     if field.default is not None:
         help += f" ({field.default})"
     common = {"dest": field.name, "default": argparse.SUPPRESS, "help": help}
-    valid = field.metadata["valid"]
+    valid = field.metadata.get("valid")
     if kind_of(field) is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
     else:

@@ -3342,7 +3342,7 @@ BAD_INPUT = """
     sample --trunc nan | trunc
     sample --trunc inf | trunc
     sample --classes 9223372036854775808 | 9223372036854775808
-    sample --classes tulip | there are ['rose
+    sample --classes tulip | there are rose
     sample --out x.jpg | x.jpg
     sample --out x.npz --interpolate | a .png
     sample --out . | new folder
@@ -3443,6 +3443,7 @@ class Layers(torch.nn.Sequential):
 @dataclass
 class MyConfig(gan.Config):
     pull: float = gan.option(0.5, "weight of the squared logits in G's loss")
+    push: float = 0.0  # a plain field
 
 
 class Mine(gan.GAN):
@@ -3487,6 +3488,32 @@ def test_main_of_a_subclass_keeps_its_option(mine, capsys):
     """The definition: it is stored, and cannot change."""
     assert gan.read_checkpoint(mine, Mine)["config"].pull == 0.25
     assert "pull cannot change" in fails(capsys, "train", "--resume", mine, "--pull", "1", model=Mine)
+
+
+def test_main_of_a_subclass_has_flags_for_plain_fields(mine, capsys):
+    """The definition."""
+    assert gan.read_checkpoint(mine, Mine)["config"].push == 0.0
+    assert "push cannot change" in fails(capsys, "train", "--resume", mine, "--push", "1", model=Mine)
+    assert "push cannot be 'x': float" in fails_config(push="x")
+
+
+def fails_config(**values):
+    with pytest.raises(gan.UserError) as caught:
+        gan.resolve(MyConfig(**values))
+    return str(caught.value)
+
+
+def test_train_resume_checks_the_flags_before_it_reads_the_images(mine, capsys):
+    """The definition: of two mistakes it names the one that needs no images."""
+    said = fails(capsys, "train", "--resume", mine, "--batch", "3", "--data", "nowhere", model=Mine)
+    assert "batch cannot change" in said
+
+
+def test_class_index_of_a_generator_without_classes(mine):
+    """The definition."""
+    G, _ = gan.load_generator(mine, model=Mine)
+    with pytest.raises(gan.UserError, match="no class rose: there are 0 classes"):
+        gan.choose_classes(G, 1, ["rose"])
 
 
 def test_main_of_a_subclass_scores_and_samples(mine, tmp_path, extractor_file):

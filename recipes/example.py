@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Loads a run, draws samples and saves them: a start for a program of your own.
 
-    python recipes/example.py RUN [CLASS...]
+    python recipes/example.py [RUN [CLASS...]]
 
-Writes example.png. RUN is a folder, such as runs/0000-rpgan-synthetic-32; classes are names or numbers.
+Writes example.png. RUN is a folder or its name in runs, by default the newest; classes are names or numbers.
 """
 
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gan
 
-run = sys.argv[1]
+run = gan.find_run(*sys.argv[1:2])
 classes = sys.argv[2:] or None  # all
 
 # The averaged generator of a run, for noise that is bounded by 1.5.
