@@ -1017,7 +1017,9 @@ def decode(folder, files, size, channels):
         remarks.append(f"skipped {len(skipped)} of {len(files)} files, such as {', '.join(skipped[:10])}")
     if pages_left_out:
         remarks.append(f"left out {pages_left_out} pages, since the first of a file stands for it")
-    return images[: len(kept)].clone() if skipped else images, kept, remarks
+    if skipped:
+        images = images[: len(kept)].clone()  # a cache of a view would hold the empty rest too
+    return images, kept, remarks
 
 
 def fit(images, size, channels):
@@ -1077,7 +1079,8 @@ def read_image(path, least=None):
     except Exception as error:  # Pillow's decoders raise errors of many kinds, but only the system's have a number
         if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.EINVAL):
             raise
-        raise ValueError(re.sub(" ['<].*", "", str(error)) or type(error).__name__) from error
+        reason = re.sub(" ['<].*", "", str(error))  # without the path or the object that Pillow adds
+        raise ValueError(reason or type(error).__name__) from error
 
 
 def pages_of(image):

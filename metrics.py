@@ -759,7 +759,8 @@ def read_image(path, least=None):
     except Exception as error:  # Pillow's decoders raise errors of many kinds, but only the system's have a number
         if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.EINVAL):
             raise
-        raise ValueError(re.sub(" ['<].*", "", str(error)) or type(error).__name__) from error
+        reason = re.sub(" ['<].*", "", str(error))  # without the path or the object that Pillow adds
+        raise ValueError(reason or type(error).__name__) from error
 
 
 def pages_of(image):
