@@ -50,8 +50,8 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.utils import make_grid
 
-__version__ = "0.12"
-FORMAT = 4  # of checkpoints; it changes with the networks and with what a checkpoint holds
+__version__ = "0.13"
+FORMAT = 5  # of checkpoints; it changes with the networks and with what a checkpoint holds
 
 
 # ---- Networks
@@ -277,19 +277,18 @@ class GAN:
         return loss.detach(), real_logits.detach(), fake_logits.detach()
 
     def slope_penalty(self, real, y):
-        """Penalises slopes of D beyond 1: slope / 2 times the mean of max(0, |dD/dx| - 1)^2 (after arXiv 1709.08894).
+        """Penalises D's slope at real images: r1 / 2 times the mean of |dD/dx|^2 (arXiv 1801.04406).
 
         A second derivative is slow, so it is taken on every 16th step alone, at a quarter of the augmented images of
         real[B,C,H,W], and weighted by 16.
         """
-        if self.config.slope == 0 or self.steps % 16:
+        if self.config.r1 == 0 or self.steps % 16:
             return 0
         x = diff_augment(real[::4], self.config.augment).requires_grad_()
         with self.autocast:
             logits = self.D.forward(x, y[::4])  # D(x, y) may be compiled, which allows no second derivative
         (slopes,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-        excess = F.relu(slopes.flatten(1).norm(dim=1) - 1)
-        return 16 * self.config.slope / 2 * excess.square().mean()
+        return 16 * self.config.r1 / 2 * slopes.square().sum(dim=(1, 2, 3)).mean()
 
     def update_G(self, real, fake, y, real_logits):
         """Takes one step of G on its samples fake [B,C,H,W] of the classes y[B]; returns its loss, a scalar.
@@ -1184,7 +1183,7 @@ class Config:
     batch: int = option(64, "images per step, over all processes; at least 2", lambda n: 2 <= n < 1e9)
     lr_G: float = option(4e-4, "Adam's learning rate of the generator", positive)
     lr_D: float = option(4e-4, "Adam's learning rate of the discriminator", positive)
-    slope: float = option(1.0, "weight of the penalty on a slope of D beyond 1 at real images", not_negative)
+    r1: float = option(0.05, "weight of the penalty on D's slope at real images", not_negative)
     beta1: float = option(0.0, "Adam's first beta, in [0, 1)", share)
     beta2: float = option(0.99, "Adam's second beta, in [0, 1)", share)
     d_steps: int = option(1, "discriminator updates per step", positive)

@@ -95,7 +95,7 @@ class Config(gan.Config):
     beta1: float = gan.option(0.5, "Adam's first beta, in [0, 1)", gan.share)
     beta2: float = gan.option(0.999, "Adam's second beta, in [0, 1)", gan.share)
     augment: str = gan.option("none", "none, or some of color,translation,cutout", gan.policy)
-    slope: float = gan.option(0.0, "weight of the penalty on a slope of D beyond 1", gan.not_negative)
+    r1: float = gan.option(0.0, "weight of the penalty on D's slope at real images", gan.not_negative)
 
     def __post_init__(self):
         if self.width not in (None, self.ngf):

@@ -141,7 +141,7 @@ PLAIN = {
     "beta1": 0.5,
     "beta2": 0.999,
     "augment": "none",
-    "slope": 0,
+    "r1": 0,
     "amp": "off",
     "device": "cpu",
     "ema_images": 1,
@@ -221,7 +221,7 @@ def ring_command(argv):
 
 # ---- MNIST
 DIGITS = (  # what PLAIN says, but without momentum, with which one seed of three collapsed
-    "--plain --lr-G 0.001 --lr-D 0.0003 --beta1 0 --beta2 0.999 --augment none --slope 0 --amp off --device cpu "
+    "--plain --lr-G 0.001 --lr-D 0.0003 --beta1 0 --beta2 0.999 --augment none --r1 0 --amp off --device cpu "
     "--ema-images 1 --loss minimax --size 16 --width 128 --z-dim 64 --sample-every 1000"
 )
 CONVOLUTIONS = "--no-plain --loss ns --width 8 --steps 1000"  # gan.py's networks, small
