@@ -572,7 +572,7 @@ def class_index(G, which):
     is_number = not isinstance(which, str) or (which.isdecimal() and not any(name.isdecimal() for name in names))
     if not is_number or not 0 <= int(which) < G.num_classes:
         known = ", ".join(names) or f"{G.num_classes} classes"
-        raise UserError(f"no class {which}: there are {known}")
+        raise UserError(f"no class {which}: the generator has {known}")
     return int(which)
 
 
@@ -633,15 +633,17 @@ def generate(G, n, classes=None, seed=0):
     return torch.cat(list(generate_batches(G, n, classes, seed)))
 
 
-def sample_grid(G, columns=10, seed=0):
-    """Draws a picture [3,H,W]: a row for each class, 50 at most, the same z down each column; or 8 rows of z."""
+def sample_grid(G, columns=10, seed=0, classes=None):
+    """Draws a picture [3,H,W]: a row for each of the classes (the first 50), a column for each z; or 8 rows of z."""
     generator = torch.Generator().manual_seed(seed)
-    rows = min(G.num_classes, 50) or 8
-    y = torch.arange(rows).repeat_interleave(columns)
-    if G.num_classes:
-        z = sample_z(columns, G.z_dim, G.trunc, generator).repeat(rows, 1)
+    if classes is None:
+        classes = range(min(G.num_classes, 50))
+    if classes:
+        y = choose_classes(G, len(classes), classes).repeat_interleave(columns)
+        z = sample_z(columns, G.z_dim, G.trunc, generator).repeat(len(classes), 1)
     else:
-        z = sample_z(rows * columns, G.z_dim, G.trunc, generator)
+        y = torch.zeros(8 * columns, dtype=torch.int64)
+        z = sample_z(8 * columns, G.z_dim, G.trunc, generator)
     return tile(torch.cat(list(render(G, z, y))), columns)
 
 
@@ -900,7 +902,7 @@ def fetch_flowers(folder):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=".flowers17-", dir=folder.parent) as part,
-        reading(folder, "folder of flowers"),
+        reading(FLOWERS, "archive of flowers"),
     ):
         download_and_extract_archive(FLOWERS, part, md5=FLOWERS_MD5)
         classes = Path(part, "classes")
@@ -1298,7 +1300,10 @@ def read_checkpoint(path, model=GAN):
             raise UserError(f"{flipped} fails its checksum")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         version = content.get("version", "before 0.9")
-        unknown = content["config"].keys() - {f.name for f in fields(model.Config)}
+        unknown = sorted(content["config"].keys() - {f.name for f in fields(model.Config)})
+        loss = content["config"]["loss"]
+        if loss not in D_LOSSES:
+            unknown.append(f"loss {loss}")
     if content.get("format") != FORMAT:
         raise UserError(f"{path} is of another format, by gan.py {version}")
     if unknown:
@@ -1362,8 +1367,6 @@ def new_folder(config):
     runs = Path(config.runs)
     if config.name:
         folder = runs / config.name
-        if (folder / "checkpoint.pt").exists():
-            raise UserError(f"{folder} exists: choose another --name, or --resume it")
         folder.mkdir(parents=True, exist_ok=True)  # a run that was killed before its first checkpoint leaves its name
         return folder
 
@@ -1393,6 +1396,8 @@ def prepare(config, resume=None, model=GAN):
     # Load the images.
     device = join(config.device)
     config = resolve(config)
+    if config.name and not resume:
+        check_name(config)
     images, labels, classes = load_images(config.data, config.size, config.channels, config.data_dir)
     check_batches(config, images, classes)
 
@@ -1449,6 +1454,13 @@ def millions(net):
     return sum(p.numel() for p in net.parameters()) / 1e6
 
 
+def check_name(config):
+    """Refuses the name of a run that exists."""
+    folder = Path(config.runs, config.name)
+    if (folder / "checkpoint.pt").exists():
+        raise UserError(f"{folder} exists: choose another --name, or --resume it")
+
+
 def check_batches(config, images, classes):
     """Refuses a batch or classes that the images cannot give."""
     if len(images) < config.batch:
@@ -1496,7 +1508,10 @@ def train(config, resume=None, model=GAN):
             # Draw and save.
             if saves:
                 stopped |= save(gan, run, draws)
-    say(f"{'stopped' if gan.steps < run.steps else 'done'} at step {gan.steps}: see {run.folder}")
+    if gan.steps < run.steps:
+        say(f"stopped at step {gan.steps}: --resume {run.folder} goes on")
+    else:
+        say(f"done at step {gan.steps}: see {run.folder}")
     return run.folder
 
 
@@ -1764,8 +1779,10 @@ def eval_command(args, model):
 def sample_command(args, model):
     out = at_home(args.out)
     kind = out.suffix
-    if kind not in (".png", ".npz", "") or (kind == "" and out.exists()) or (args.interpolate and kind != ".png"):
+    if kind not in (".png", ".npz", "") or (args.interpolate and kind != ".png"):
         raise UserError(f"--out {out}: give a .png, an .npz or a new folder; with --interpolate a .png")
+    if kind == "" and out.exists():
+        raise UserError(f"--out {out} exists: give a new folder")
     run = find_run(args.run, args.runs)
     G, _ = load_generator(run, join(args.device), args.trunc, model)
     if kind == ".png":
@@ -1777,13 +1794,13 @@ def sample_command(args, model):
 
 
 def picture_of(G, args):
-    """Draws what `sample` writes as a picture, uint8 [3,H,W]: walks, samples of the classes in turn, or a grid."""
+    """Draws what `sample` writes as a picture, uint8 [3,H,W]: walks, n samples of the classes in turn, or a grid."""
     classes = args.classes or None
     if args.interpolate:
         return tile(interpolate(G, classes, rows=args.n or 8, seed=args.seed).flatten(0, 1))
-    if args.n or classes:
-        return tile(generate(G, args.n or 10 * len(classes), classes, args.seed))
-    return sample_grid(G, seed=args.seed)
+    if args.n:
+        return tile(generate(G, args.n, classes, args.seed))
+    return sample_grid(G, seed=args.seed, classes=classes)
 
 
 def write_samples(out, G, n, classes, seed):
@@ -1849,7 +1866,7 @@ def make_parser(model):
         "--n", type=lambda n: whole_number(n, 1, 10**7), help="samples, or walks (10 per class; 80; 8 walks)"
     )
     p.add_argument("--trunc", type=truncation, help="bound of |z| (none)")
-    p.add_argument("--classes", nargs="+", default=[], help="names or numbers, to go through in turn (all)")
+    p.add_argument("--classes", nargs="+", default=[], help="names or numbers, a row each, or in turn (all)")
     p.add_argument("--interpolate", action="store_true", help="rows that walk between random pairs of z")
     p.add_argument("--out", default="samples.png", help=".png, .npz or a new folder (samples.png)")
     return parser

@@ -963,7 +963,7 @@ def open_set(path):
     path = Path(path)
     if path.is_dir():
         images = Folder(path)
-    elif path.is_file():
+    elif path.is_file() and path.suffix in (".npz", ".npy"):
         arrays = read_arrays(path, ["images", "arr_0", "mu"])
         if not arrays:
             raise UserError(f"{path} holds neither statistics (mu, sigma) nor images (images or arr_0)")

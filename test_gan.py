@@ -1206,6 +1206,17 @@ def test_sample_grid_has_a_row_per_class():
     assert len(z[:4].unique(dim=0)) == 4
 
 
+def test_sample_grid_takes_named_classes():
+    """By hand: a row each, in their order, with the z of the whole grid."""
+    G = named(*NAMES)
+    calls = recorded(G)
+    gan.sample_grid(G, columns=4, classes=[NAMES[2], 0])
+    gan.sample_grid(G, columns=4)
+    [(z, y), (all_z, _)] = calls
+    assert y.tolist() == [2] * 4 + [0] * 4
+    assert torch.equal(z, all_z[:8])
+
+
 def test_sample_grid_without_classes_has_eight_rows():
     """By hand: all z differ."""
     G = gan.Generator(16, 3, 4, 8, 8).eval()
@@ -1560,7 +1571,7 @@ def test_load_images_fetches_the_flowers_once(archive, monkeypatch):
 def test_load_images_refuses_a_damaged_archive_of_the_flowers(archive, monkeypatch):
     """Its MD5, which is not that of the archive; nothing is left behind."""
     monkeypatch.setattr(gan, "FLOWERS_MD5", "0" * 32)
-    with pytest.raises(gan.UserError, match="not a readable folder of flowers"):
+    with pytest.raises(gan.UserError, match="not a readable archive of flowers"):
         gan.load_images("flowers17", 16, 3, archive)
     assert list(archive.iterdir()) == []
 
@@ -3254,11 +3265,16 @@ def test_sample_command_takes_several_classes(run, tmp_path):
 
 
 def test_sample_command_draws_ten_of_each_named_class(run, tmp_path):
-    """By hand, in both formats."""
+    """By hand."""
     sample(run, "--classes", "rose 9", "rose 1", "--out", tmp_path / "s.npz")
     assert len(np.load(tmp_path / "s.npz")["labels"]) == 20
-    sample(run, "--classes", "rose 9", "rose 1", "--out", tmp_path / "s.png")
-    assert Image.open(tmp_path / "s.png").size == (10 * 18 + 2, 2 * 18 + 2)
+
+
+def test_sample_command_draws_a_row_for_each_named_class(run, tmp_path):
+    """sample_grid."""
+    sample(run, "--classes", "rose 10", "rose 1", "--out", tmp_path / "s.png")
+    grid = gan.sample_grid(gan.load_generator(run)[0], classes=["rose 10", "rose 1"])
+    assert torch.equal(pil_to_tensor(Image.open(tmp_path / "s.png")), grid)
 
 
 def test_sample_command_walks_so_often(run, tmp_path):
@@ -3333,7 +3349,7 @@ BAD_INPUT = """
     sample --trunc nan | trunc
     sample --trunc inf | trunc
     sample --classes 9223372036854775808 | 9223372036854775808
-    sample --classes tulip | there are rose
+    sample --classes tulip | the generator has rose
     sample --out x.jpg | x.jpg
     sample --out x.npz --interpolate | a .png
     sample --out . | new folder
@@ -3500,10 +3516,23 @@ def test_train_resume_checks_the_flags_before_it_reads_the_images(mine, capsys):
     assert "batch cannot change" in said
 
 
+def test_read_checkpoint_names_the_loss_of_another_program(mine, monkeypatch):
+    """The definition."""
+    monkeypatch.delitem(gan.D_LOSSES, "rpgan")
+    with pytest.raises(gan.UserError, match="needs the program that trained it: Mine has no loss rpgan"):
+        gan.read_checkpoint(mine, Mine)
+
+
+def test_prepare_refuses_a_taken_name_before_it_reads_the_images(mine, tmp_path, capsys):
+    """The definition."""
+    argv = ["train", "--name", "mine", "--runs", tmp_path, "--data", "nowhere"]
+    assert "choose another --name" in fails(capsys, *argv, model=Mine)
+
+
 def test_class_index_of_a_generator_without_classes(mine):
     """The definition."""
     G, _ = gan.load_generator(mine, model=Mine)
-    with pytest.raises(gan.UserError, match="no class rose: there are 0 classes"):
+    with pytest.raises(gan.UserError, match="no class rose: the generator has 0 classes"):
         gan.choose_classes(G, 1, ["rose"])
 
 
