@@ -279,7 +279,7 @@ class GAN:
     def slope_penalty(self, real, y):
         """Penalises D's slope at real images: r1 / 2 times the mean of |dD/dx|^2 (arXiv 1801.04406).
 
-        A second derivative is slow, so it is taken on every 16th step alone, at a quarter of the augmented images of
+        A second derivative is slow, so it is taken only on every 16th step, at a quarter of the augmented images of
         real[B,C,H,W], and weighted by 16.
         """
         if self.config.r1 == 0 or self.steps % 16:
@@ -578,7 +578,7 @@ def class_index(G, which):
 
 @torch.no_grad()
 def standing_generator(G, trunc=None, n_batches=20, batch=64):
-    """Copies G in eval mode, with batch-norm statistics measured anew for z with this bound (arXiv 1809.11096).
+    """Copies G in eval mode, with batch-norm statistics of its own for z with this bound (arXiv 1809.11096).
 
     The statistics of other z, or of the weights before averaging, would shift every layer.
     """
@@ -666,7 +666,7 @@ def arc(a, b, n):
 
 
 def tile(images, columns=10):
-    """Arranges uint8 images [n,C,H,W] in one picture [3,H,W] with so many in a row."""
+    """Arranges uint8 images [n,C,H,W] in one picture [3,H,W] with this many columns."""
     return make_grid(images, nrow=columns, padding=2, pad_value=255)
 
 
@@ -715,12 +715,12 @@ def cause(error):
 
 
 def printable(text):
-    """Returns the text on one line: control characters and bytes that are no text become escapes."""
+    """Returns the text on one line: control characters and undecodable bytes become escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def clear_leftovers(folder):
-    """Removes what killed processes left in the midst of writing: a younger file may be of one that still writes."""
+    """Removes files that killed processes left half-written. Files of the last day may still be in use."""
     for part in Path(folder).glob(f".{'[0-9a-f]' * 16}.part"):
         with contextlib.suppress(OSError):  # another process was faster, or the disk is read-only
             if time.time() - part.stat().st_mtime > 86_400:
@@ -728,7 +728,7 @@ def clear_leftovers(folder):
 
 
 def write_picture(path, picture, software="gan.py"):
-    """Writes a picture uint8 [3,H,W] in the format that the path ends in; SHEET as software marks it as no data."""
+    """Writes a picture uint8 [3,H,W] in the format that the path ends in; software=SHEET says: not to learn from."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
         raise UserError(f"{path}: pictures end in .png, .jpg, .webp or the like")
@@ -749,7 +749,7 @@ def write_text(path, text):
 
 
 def append_row(path, row):
-    """Appends a row to a .jsonl file, on a line of its own also behind half a line."""
+    """Appends a row to a .jsonl file, on a new line even where the last one is incomplete."""
     with open(path, "ab+") as file:
         file.seek(max(0, file.tell() - 1))
         start = "" if file.read() in (b"", b"\n") else "\n"
@@ -757,7 +757,7 @@ def append_row(path, row):
 
 
 def read_rows(path):
-    """Reads the rows of a .jsonl file, each a dict; skips other lines, such as half a one of a killed process."""
+    """Reads the rows of a .jsonl file, each a dict; skips other lines, such as one that was cut off."""
     rows = []
     if path.exists():
         for line in path.read_text(errors="replace").splitlines():
@@ -767,7 +767,7 @@ def read_rows(path):
 
 
 def say(line, file=None):
-    """Prints a line from the first process; escapes a newline and what is no text."""
+    """Prints a line from the first process; escapes what cannot stand on one line."""
     if rank() == 0:
         shout(line, file)
 
@@ -810,10 +810,10 @@ class Progress:
 
 
 class Cores:
-    """Leaves cores to other programs: threads that share one wait for each other, far longer than one alone would work.
+    """Leaves cores to other programs: threads that share one wait for each other far longer than one thread would work.
 
     `adapt`, called between pieces of work, drops as many of torch's threads as cores that they waited for, and adds one
-    once a core has been free for a while. Linux alone says how long threads wait; elsewhere it does nothing.
+    once a core has been free for a while. Only Linux says how long threads wait; elsewhere this does nothing.
     """
 
     def __init__(self):
@@ -980,7 +980,7 @@ def decode_cached(folder, files, size, channels):
 
     content = decode(folder, files, size, channels)
     clear_leftovers(cache.parent)
-    with contextlib.suppress(OSError, RuntimeError), atomic_write(cache) as file:  # a full disk costs time alone
+    with contextlib.suppress(OSError, RuntimeError), atomic_write(cache) as file:  # a full disk costs only time
         torch.save(content, file)
     return content
 
@@ -1071,7 +1071,7 @@ def read_image(path, least=None):
     its sides keep `least` pixels. Raises ValueError for bytes that are no such image; errors of the disk pass through.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:  # reads the head alone, as a file of another kind may be large
+        with Image.open(path, formats=FORMATS) as image:  # reads only the head, as a file of another kind may be large
             if image.info.get("Software") == SHEET:
                 raise ValueError("a picture of samples by gan.py")
             if least:
@@ -1126,7 +1126,7 @@ def batches(images, labels, config, device, start=0):
     for k in itertools.count(start):
         epoch, i = divmod(k, per_epoch)
         if i == 0 or k == start:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)  # alone, so that runs can resume
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)  # its own: runs can resume
             order = torch.randperm(len(images), generator=generator).to(images.device)
         index = own_rows(order[i * config.batch : (i + 1) * config.batch])
         x = to_float(images[index].to(device, non_blocking=True))
@@ -1353,7 +1353,7 @@ def write_config(gan, run):
 
 
 def cut_log(path, steps):
-    """Removes the rows of a log behind this step. A log with lines that are no rows is kept beside it."""
+    """Removes the rows of a log after this step. Where lines are not rows, a copy of the log is kept beside it."""
     rows = [row for row in read_rows(path) if isinstance(row.get("step"), int)]
     if path.exists() and len(rows) < len(path.read_bytes().splitlines()):
         odd = path.with_name(f"log-odd-{time.time_ns()}.jsonl")
@@ -1406,7 +1406,7 @@ def prepare(config, resume=None, model=GAN):
     gan.classes = classes if config.cond else []
     gan.images = hash_of(images)
     if config.compile:
-        CORES.active = False  # another number of threads would compile anew
+        CORES.active = False  # another number of threads would compile again
     folder = None
     if resume:
         gan.load(resume)
@@ -1531,14 +1531,14 @@ def forecast(gan, run):
 def log(gan, run, losses):
     """Logs the means of losses [steps,4] over the steps since the last line."""
     average_over_ranks([losses])
-    if not losses.isfinite().all():  # here alone a plain step waits for the GPU
+    if not losses.isfinite().all():  # only here does a plain step wait for the GPU
         raise UserError(f"the losses are not finite by step {gan.steps}: try lower --lr-G, --lr-D or --amp off")
     if rank() == 0:
         seconds = (time.monotonic() - run.began) / (gan.steps - run.first)  # per step
         record = {"step": gan.steps, "epoch": gan.steps / run.per_epoch, "images_per_s": gan.config.batch / seconds}
         means = dict(zip(("loss_D", "loss_G", "real_logit", "fake_logit"), losses.mean(dim=0).tolist()))
         if not run.folder.is_dir():
-            say(f"{run.folder} has gone: it is made anew, with a checkpoint after the next step")
+            say(f"{run.folder} is gone: it is made again, with a checkpoint after the next step")
             write_config(gan, run)
             run.saved = -math.inf
         append_row(run.folder / "log.jsonl", record | means)
@@ -1670,7 +1670,7 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
     """Scores the averaged generator of a run at each bound of z, and draws its grid; returns a row for each bound.
 
     The rows are appended to eval.jsonl in the run's folder. n: samples, by default as many as training images, of the
-    same classes. extractor: see metrics.load_extractor; without Inception's weights, SWD alone is measured. data: where
+    same classes. extractor: see metrics.load_extractor; without Inception's weights, only SWD is measured. data: where
     the images lie now.
     """
     # Load both sides.

@@ -470,7 +470,7 @@ def measure_cached(extractor, images, folder, progress=None):
     content = hashlib.sha256(images.contiguous().numpy()).hexdigest()
     key = hashlib.sha256(os.fsencode(f"{list(images.shape)} {content} {extractor.made_by}")).hexdigest()[:32]
     file = Path(folder) / f"features-{key}.npz"
-    with contextlib.suppress(UserError), reading(file, "cache of features"):  # none yet, or damaged: it is made anew
+    with contextlib.suppress(UserError), reading(file, "cache of features"):  # none yet, or damaged: it is made again
         features = torch.from_numpy(read_arrays(file, ["features"])["features"])
         if len(features) == len(images):
             stats = FeatureStats.from_features(features, extractor.made_by)
@@ -750,7 +750,7 @@ def read_image(path, least=None):
     its sides keep `least` pixels. Raises ValueError for bytes that are no such image; errors of the disk pass through.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:  # reads the head alone, as a file of another kind may be large
+        with Image.open(path, formats=FORMATS) as image:  # reads only the head, as a file of another kind may be large
             if image.info.get("Software") == SHEET:
                 raise ValueError("a picture of samples by gan.py")
             if least:
@@ -821,7 +821,7 @@ def cause(error):
 
 
 def printable(text):
-    """Returns the text on one line: control characters and bytes that are no text become escapes."""
+    """Returns the text on one line: control characters and undecodable bytes become escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
@@ -857,10 +857,10 @@ class Progress:
 
 
 class Cores:
-    """Leaves cores to other programs: threads that share one wait for each other, far longer than one alone would work.
+    """Leaves cores to other programs: threads that share one wait for each other far longer than one thread would work.
 
     `adapt`, called between pieces of work, drops as many of torch's threads as cores that they waited for, and adds one
-    once a core has been free for a while. Linux alone says how long threads wait; elsewhere it does nothing.
+    once a core has been free for a while. Only Linux says how long threads wait; elsewhere this does nothing.
     """
 
     def __init__(self):
@@ -921,7 +921,7 @@ class Folder:
     """Reads the images below a folder when they are needed.
 
     Of those read so far: skipped is {file: reason} of undecodable ones, not in len(); pages is {file: pages
-    behind the first}; brightest holds the largest value of each image. runs lists gan.py's runs, left out.
+    after the first}; brightest holds the largest value of each image. runs lists gan.py's runs, left out.
     """
 
     def __init__(self, path):
@@ -948,7 +948,7 @@ class Folder:
                     yield from torch.stack(list(group)).split(size)
 
     def decode(self, file):
-        """Reads an image [3,H,W], or notes why it is none and returns None."""
+        """Reads an image [3,H,W], or notes why it cannot and returns None."""
         try:
             image, pages = read_image(self.path / file)
         except ValueError as error:

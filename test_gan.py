@@ -2607,7 +2607,7 @@ def test_train_makes_a_folder_that_vanished_anew(config, capsys):
                 shutil.rmtree(run)
 
     run = gan.train(replace(config, log_every=1, steps=6, sample_every=100), model=Vandal)
-    assert "has gone: it is made anew" in capsys.readouterr().out
+    assert "is gone: it is made again" in capsys.readouterr().out
     assert [row["step"] for row in gan.read_rows(run / "log.jsonl")] == [3, 4, 5, 6]
     assert gan.find_run(run) == run
     assert json.loads((run / "config.json").read_text())["steps"] == 6
