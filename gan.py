@@ -891,7 +891,7 @@ def load_images(data, size, channels, data_dir="data"):
     if data in TORCHVISION:
         return load_torchvision(data, size, channels, data_dir)
     if data == "flowers17":
-        data = fetch_flowers(Path(data_dir).absolute() / data)
+        data = fetch_flowers(Path(data_dir, data))
     return load_folder(at_home(data).absolute(), size, channels)
 
 
@@ -1015,18 +1015,17 @@ def decode(folder, files, size, channels):
         raise UserError("; ".join([f"no images of {formats} among {len(files)} files", *skipped[:2]]))
     remarks = []
     if skipped:
+        images = images[: len(kept)].clone()  # a cache of a view would hold the empty rest too
         remarks.append(f"skipped {len(skipped)} of {len(files)} files, such as {', '.join(skipped[:10])}")
     if pages_left_out:
         remarks.append(f"left out {pages_left_out} pages, since the first of a file stands for it")
-    if skipped:
-        images = images[: len(kept)].clone()  # a cache of a view would hold the empty rest too
     return images, kept, remarks
 
 
 def fit(images, size, channels):
     """Resizes uint8 images [...,C,H,W] and makes them gray or coloured: [...,channels,size,size]."""
     images = resize(images, [size, size], antialias=True)
-    if channels == 1 and images.shape[-3] == 3:
+    if channels == 1:
         images = rgb_to_grayscale(images.float()).round().to(torch.uint8)
     return images.expand(*images.shape[:-3], channels, -1, -1)
 
@@ -1278,7 +1277,7 @@ def find_run(name=None, runs="runs"):
         found = list(runs.glob("*/checkpoint.pt"))
         if not found:
             raise UserError(f"no runs in {runs}: train one, or see --runs")
-        return max(found, key=lambda path: path.stat().st_mtime).parent
+        return max(found, key=os.path.getmtime).parent
     for path in (at_home(name), runs / name):
         if path.is_file() or (path / "checkpoint.pt").is_file():
             return path
@@ -1365,12 +1364,12 @@ def cut_log(path, steps):
 def new_folder(config):
     """Makes a folder for a run: the name that was given, or the next number and what the run is."""
     runs = Path(config.runs)
+    runs.mkdir(parents=True, exist_ok=True)
     if config.name:
         folder = runs / config.name
-        folder.mkdir(parents=True, exist_ok=True)  # a run that was killed before its first checkpoint leaves its name
+        folder.mkdir(exist_ok=True)  # a run that was killed before its first checkpoint leaves its name
         return folder
 
-    runs.mkdir(parents=True, exist_ok=True)
     data = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.data).name)[:50]
     what = f"{config.loss}{'-cond' if config.cond else ''}-{data}-{config.size}"
     for number in itertools.count():
@@ -1535,17 +1534,18 @@ def log(gan, run, losses):
         raise UserError(f"the losses are not finite by step {gan.steps}: try lower --lr-G, --lr-D or --amp off")
     if rank() == 0:
         seconds = (time.monotonic() - run.began) / (gan.steps - run.first)  # per step
-        record = {"step": gan.steps, "epoch": gan.steps / run.per_epoch, "images_per_s": gan.config.batch / seconds}
         means = dict(zip(("loss_D", "loss_G", "real_logit", "fake_logit"), losses.mean(dim=0).tolist()))
+        record = {"step": gan.steps, "epoch": gan.steps / run.per_epoch, "images_per_s": gan.config.batch / seconds}
+        record |= means
         if not run.folder.is_dir():
             say(f"{run.folder} is gone: it is made again, with a checkpoint after the next step")
             write_config(gan, run)
             run.saved = -math.inf
-        append_row(run.folder / "log.jsonl", record | means)
+        append_row(run.folder / "log.jsonl", record)
         left = timedelta(seconds=round((run.steps - gan.steps) * seconds))
         shown = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
         say(f"step {gan.steps}/{run.steps}  {record['images_per_s']:.0f} images/s  {left} left  {shown}")
-        gan.after_log(run.folder, record | means)
+        gan.after_log(run.folder, record)
 
 
 def save(gan, run, draws):
@@ -1951,7 +1951,7 @@ def draw_class(c, n, size):
         wheel = torch.stack(waves, dim=1) / 2 + 0.5
         color = (pale + (1 - pale) * wheel) * value[:, None]
         cover = (inside * size / 2 + 0.5).clamp(0, 1)[:, None]
-        canvas.lerp_(color.expand(canvas.shape), cover)
+        canvas.lerp_(color, cover)
 
     # Place the flower: planes [n,size,size].
     x = grid - vary(-0.12, 0.12)
