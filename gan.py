@@ -1571,17 +1571,14 @@ def stop_on_signal():
             signal.default_int_handler(*args)
         stop.append(True)
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows lacks some
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
-                before[number] = signal.signal(number, handle)
-    try:
+    with contextlib.ExitStack() as after:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+                number = getattr(signal, name, None)  # Windows lacks some
+                if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
+                    before = signal.signal(number, handle) or signal.SIG_DFL  # None: it was not set by Python
+                    after.callback(signal.signal, number, before)
         yield stop
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old or signal.SIG_DFL)  # None: it was not set by Python
 
 
 def pick_dtype(amp, device):
