@@ -1751,13 +1751,15 @@ def train_command(args, model):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no mapping for a large block
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep all
-    given = {f.name: getattr(args, f.name) for f in fields(model.Config) if hasattr(args, f.name)}
-    if args.resume is None:
+    given = vars(args)  # the fields of a config only where they were given
+    del given["command"]
+    resume = given.pop("resume")
+    if resume is None:
         train(model.Config(**given), model=model)
         return
     if "name" in given:
         raise UserError("--name is for a new run; --resume keeps the folder of its run")
-    run = find_run(args.resume, given.get("runs", "runs"))
+    run = find_run(resume, given.get("runs", "runs"))
     before = read_checkpoint(run, model)["config"]
     if "epochs" in given:
         given = {"steps": None, **given}
@@ -1792,12 +1794,11 @@ def sample_command(args, model):
 
 def picture_of(G, args):
     """Draws what `sample` writes as a picture, uint8 [3,H,W]: walks, n samples of the classes in turn, or a grid."""
-    classes = args.classes or None
     if args.interpolate:
-        return tile(interpolate(G, classes, rows=args.n or 8, seed=args.seed).flatten(0, 1))
+        return tile(interpolate(G, args.classes, rows=args.n or 8, seed=args.seed).flatten(0, 1))
     if args.n:
-        return tile(generate(G, args.n, classes, args.seed))
-    return sample_grid(G, seed=args.seed, classes=classes)
+        return tile(generate(G, args.n, args.classes, args.seed))
+    return sample_grid(G, seed=args.seed, classes=args.classes)
 
 
 def write_samples(out, G, n, classes, seed):
@@ -1863,7 +1864,7 @@ def make_parser(model):
         "--n", type=lambda n: whole_number(n, 1, 10**7), help="samples, or walks (10 per class; 80; 8 walks)"
     )
     p.add_argument("--trunc", type=truncation, help="bound of |z| (none)")
-    p.add_argument("--classes", nargs="+", default=[], help="names or numbers, a row each, or in turn (all)")
+    p.add_argument("--classes", nargs="+", help="names or numbers, a row each, or in turn (all)")
     p.add_argument("--interpolate", action="store_true", help="rows that walk between random pairs of z")
     p.add_argument("--out", default="samples.png", help=".png, .npz or a new folder (samples.png)")
     return parser
