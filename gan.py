@@ -1122,16 +1122,16 @@ def batches(images, labels, config, device, start=0):
         images = images.to(device)
     labels = labels.to(images.device)
 
-    for k in itertools.count(start):
-        epoch, i = divmod(k, per_epoch)
-        if i == 0 or k == start:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)  # its own: runs can resume
-            order = torch.randperm(len(images), generator=generator).to(images.device)
-        index = own_rows(order[i * config.batch : (i + 1) * config.batch])
-        x = to_float(images[index].to(device, non_blocking=True))
-        if config.flip:
-            x = torch.where(uniform(x, 1, 1, 1) < 0.5, x.flip(3), x)
-        yield x, labels[index].to(device, non_blocking=True)
+    for epoch in itertools.count(start // per_epoch):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)  # its own, so that runs can resume
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        for batch in order.split(config.batch)[start % per_epoch : per_epoch]:
+            index = own_rows(batch)
+            x = to_float(images[index].to(device, non_blocking=True))
+            if config.flip:
+                x = torch.where(uniform(x, 1, 1, 1) < 0.5, x.flip(3), x)
+            yield x, labels[index].to(device, non_blocking=True)
+        start = 0  # the next epochs are whole
 
 
 # ---- Config: every hyper-parameter once; the flags of `train`, their help and config.json are made from it
