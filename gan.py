@@ -966,17 +966,15 @@ def classes_of(files):
 
 
 def decode_cached(folder, files, size, channels):
-    """Returns what `decode` does, from the cache where it is there and of this form."""
-    facts = [DECODER, size, channels, os.fsencode(folder)]
+    """Returns what `decode` does, from the cache where it is there."""
+    facts = [DECODER, size, channels, folder]
     for file in files:
         stat = (folder / file).stat()
-        facts += [os.fsencode(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        facts += [file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
     cache = cache_folder() / f"{key}.pt"
     with contextlib.suppress(Exception):  # not there, or damaged
-        images, kept, remarks = torch.load(cache, mmap=True, weights_only=True)
-        if images.shape == (len(kept), channels, size, size):
-            return images, kept, remarks
+        return torch.load(cache, mmap=True, weights_only=True)
 
     content = decode(folder, files, size, channels)
     clear_leftovers(cache.parent)

@@ -1796,17 +1796,6 @@ def test_decode_cached_makes_a_damaged_cache_anew(counted, tmp_path):
     assert list((tmp_path / "cache").rglob("*.part")) == []
 
 
-@pytest.mark.parametrize("content", [{}, 7, "images alone", [1, 2, 3]])
-def test_decode_cached_makes_a_cache_of_another_form_anew(content, counted, tmp_path):
-    """The definition."""
-    _, load = counted
-    images, _ = load()
-    [cache] = (tmp_path / "cache").rglob("*.pt")
-    torch.save(images if content == "images alone" else content, cache)
-    assert load()[1] == 8
-    assert load()[1] == 0
-
-
 def test_decode_cached_removes_what_killed_processes_left(counted, tmp_path):
     """By hand: a part of two days ago goes, one of now and another program's stay."""
     _, load = counted
