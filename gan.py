@@ -1296,17 +1296,14 @@ def read_checkpoint(path, model=GAN):
         if flipped:
             raise UserError(f"{flipped} fails its checksum")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        version = content.get("version", "before 0.9")
+        if content.get("format") != FORMAT:
+            raise UserError(f"it is of another format, by gan.py {content.get('version', 'before 0.9')}")
         unknown = sorted(content["config"].keys() - {f.name for f in fields(model.Config)})
         loss = content["config"]["loss"]
         if loss not in D_LOSSES:
             unknown.append(f"loss {loss}")
-    if content.get("format") != FORMAT:
-        raise UserError(f"{path} is of another format, by gan.py {version}")
-    if unknown:
-        raise UserError(f"{path} needs the program that trained it: {model.__name__} has no {', '.join(unknown)}")
-
-    with reading(path, "checkpoint of gan.py"):
+        if unknown:
+            raise UserError(f"it needs the program that trained it: {model.__name__} has no {', '.join(unknown)}")
         content["config"] = resolve(model.Config(**content["config"]))
         steps = content["steps"]
         names = content["classes"]
