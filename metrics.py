@@ -77,7 +77,8 @@ def frechet_distance(a, b):
     if a.mean.shape != b.mean.shape:
         raise UserError(f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared")
 
-    X, Y = a.factor, b.factor  # [r,d], [s,d]
+    X = a.factor  # [r,d]
+    Y = b.factor  # [s,d]
     spread = X.square().sum() + Y.square().sum()
     distance = spread - 2 * torch.linalg.svdvals(X @ Y.T).sum()
     if distance < 1e-5 * spread:
@@ -96,14 +97,15 @@ def inception_score(logits, splits=None, seed=0):
     since a split of m samples cannot score more than m. Returns (mean >= 1, standard deviation) over the splits.
     """
     logits = rows(logits)
-    if not len(logits):
+    n = len(logits)
+    if n < 1:
         raise UserError("the Inception Score needs at least 1 sample")
     if splits is None:
-        splits = 1 if len(logits) < ENOUGH_TO_SPLIT else 10
-    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
+        splits = 1 if n < ENOUGH_TO_SPLIT else 10
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
     scores = []
-    for part in order.tensor_split(min(splits, len(logits))):
+    for part in order.tensor_split(min(splits, n)):
         log_p = logits[part].log_softmax(dim=1)
         p = log_p.exp()
         entropy = torch.special.entr(p.mean(dim=0)).sum()  # of the mean prediction
@@ -142,8 +144,8 @@ def precision_recall(real, fake, k=NEIGHBOUR, block=512):
     if not 1 <= k <= most:
         raise UserError(f"k must be from 1 to {most}, not {k}")
     center = real.mean(dim=0)
-    real = real - center  # near zero the products of squared_distances keep their digits
-    fake = fake - center
+    real -= center  # near zero the products of squared_distances keep their digits
+    fake -= center
 
     closed = 1 + 1e-9  # a copy of the k-th neighbour lies on the surface, whatever its rounding
     opened = 1 - 1e-9
@@ -191,16 +193,17 @@ def sliced_wasserstein(real, fake, seed=0):
     patches of each level of the Laplacian pyramid down to 16 pixels, 128 per image but about 2^17 in all at most,
     normalises them by channel and compares them along 512 random directions. Returns the mean over the levels.
     """
-    real = laplacian_patches(real, torch.Generator().manual_seed(seed))
-    fake = laplacian_patches(fake, torch.Generator().manual_seed(seed))
+    real = laplacian_patches(real, seed)
+    fake = laplacian_patches(fake, seed)
     if not real or real.keys() != fake.keys():
         raise UserError("SWD needs images of one size and kind on both sides")
     generator = torch.Generator().manual_seed(seed)
     return float(np.mean([slice_distance(real[level], fake[level], generator) for level in real]))
 
 
-def laplacian_patches(images, generator, size=7, per_image=128, most=2**17):
+def laplacian_patches(images, seed, size=7, per_image=128, most=2**17):
     """Cuts patches at random places of images [n,C,H,W]: {(C, H, W) of a level: patches [P,C,size,size]}."""
+    generator = torch.Generator().manual_seed(seed)
     per_image = max(1, min(per_image, most // max(1, len(images))))
     levels = {}
     shape = None
@@ -226,9 +229,9 @@ def laplacian_pyramid(x):
 
     bands = []
     while min(x.shape[2:]) >= 32:
-        small = blur(x)[:, :, ::2, ::2]
+        small = blur(x)[..., ::2, ::2]
         large = torch.zeros_like(x)
-        large[:, :, ::2, ::2] = 4 * small
+        large[..., ::2, ::2] = 4 * small
         bands.append(x - blur(large))
         x = small
     return bands + [x]
@@ -313,7 +316,7 @@ def notes(real, fake):
         lines.append(f"IS takes one split, without a deviation: {fake.n} images are fewer than {ENOUGH_TO_SPLIT}")
     if few <= NEIGHBOUR:
         lines.append(f"precision, recall, density and coverage take neighbour {few - 1}, not {NEIGHBOUR}")
-    if None not in (real.size, fake.size) and real.size != fake.size:
+    if real.size and fake.size and real.size != fake.size:
         lines.append(f"the first images are {real.size} and {fake.size} pixels: part of a distance may be the size")
     if {} in (real.stats.made_by, fake.stats.made_by):
         lines.append("some statistics do not say what made them: check that it was the same network and resize mode")
@@ -375,27 +378,29 @@ class FeatureStats:
     def from_features(cls, features, made_by=None):
         """Takes the statistics of features [n,d], n >= 2."""
         x = rows(features)
-        if len(x) < 2:
-            raise UserError(f"a covariance needs at least 2 samples, not {len(x)}")
+        n, d = x.shape
+        if n < 2:
+            raise UserError(f"a covariance needs at least 2 samples, not {n}")
         mean = x.mean(dim=0)
         x -= mean
-        if len(x) > len(mean):
+        if n > d:
             x = torch.linalg.qr(x, mode="r").R  # [d,d]; R^T R = x^T x
-        return cls(len(features), mean, x / math.sqrt(len(features) - 1), made_by)
+        return cls(n, mean, x / math.sqrt(n - 1), made_by)
 
     @classmethod
     def from_moments(cls, mean, cov, n=None, made_by=None):
         """Takes a given mean [d] and covariance [d,d]."""
-        mean = rows(torch.as_tensor(mean)[None])[0]
+        mean = rows(mean[None])[0]
         cov = rows(cov)
-        if cov.shape != (len(mean), len(mean)):
-            raise UserError(f"a mean of {len(mean)} and a covariance of {list(cov.shape)} do not go together")
+        d = len(mean)
+        if cov.shape != (d, d):
+            raise UserError(f"a mean of {d} and a covariance of {list(cov.shape)} do not go together")
         values, vectors = torch.linalg.eigh(cov)
-        # Rounding turns zero eigenvalues into values of this size and either sign, whose roots would count.
-        rounding = values.abs().max() * len(mean) * torch.finfo(torch.float64).eps
-        if values.min() < -max(1e-6 * values.max(), rounding):
+        largest = values.abs().max()
+        if values.min() < -1e-6 * largest:
             raise UserError("a covariance has no negative eigenvalues")
-        kept = values > rounding
+        # Rounding turns zero eigenvalues into values of either sign, up to this size, whose roots would count.
+        kept = values > largest * d * sys.float_info.epsilon
         factor = (vectors[:, kept] * values[kept].sqrt()).T
         return cls(n, mean, factor, made_by)
 
@@ -696,9 +701,9 @@ def for_inception(images, resize):
     corners of the first pixels aligned.
     """
     if resize == "bilinear":
-        return F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False) / 127.5 - 1
+        return F.interpolate(images, 299, mode="bilinear", align_corners=False) / 127.5 - 1
     if resize == "clean":
-        x = F.interpolate(images, size=(299, 299), mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)
+        x = F.interpolate(images, 299, mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)
     else:
         x = stretch_rows(stretch_rows(images).mT).mT
     return x / 128 - 1
