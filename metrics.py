@@ -505,10 +505,13 @@ def as_images(x, name="images"):
     """Views a tensor or an array of uint8 images as a tensor [N,C,H,W]; channels may come last."""
     if isinstance(x, np.ndarray) and x.dtype == np.uint8:
         x = torch.from_numpy(np.require(x, requirements="CW"))  # torch wants writable memory
-    if getattr(x, "dtype", None) != torch.uint8 or x.ndim != 4 or not {1, 3} & {x.shape[1], x.shape[3]}:
-        found = f"{x.dtype} {list(x.shape)}" if hasattr(x, "shape") else type(x).__name__
-        raise UserError(f"{name} must be uint8 [N,C,H,W] or [N,H,W,C] with C = 1 or 3, not {found}")
-    return x if x.shape[1] in (1, 3) else x.permute(0, 3, 1, 2)
+    if getattr(x, "dtype", None) == torch.uint8 and x.ndim == 4:
+        if x.shape[1] in (1, 3):
+            return x
+        if x.shape[3] in (1, 3):
+            return x.permute(0, 3, 1, 2)
+    found = f"{x.dtype} {list(x.shape)}" if hasattr(x, "shape") else type(x).__name__
+    raise UserError(f"{name} must be uint8 [N,C,H,W] or [N,H,W,C] with C = 1 or 3, not {found}")
 
 
 def size_of(images):
@@ -947,8 +950,6 @@ class Folder:
             for start in range(at_once, len(self.files) + at_once, at_once):
                 images = [image for image in ahead if image is not None]
                 ahead = pool.map(self.decode, self.files[start : start + at_once])
-                for image in images:
-                    self.brightest.append(int(image.max()))
                 for _, group in itertools.groupby(images, key=lambda image: image.shape):
                     yield from torch.stack(list(group)).split(size)
 
@@ -960,6 +961,7 @@ class Folder:
             self.skipped[file] = str(error)
             return None
         self.pages[file] = pages - 1
+        self.brightest.append(int(image.max()))
         return image.expand(3, -1, -1)
 
 
@@ -1008,16 +1010,29 @@ def make_parser():
         "real", type=os.path.expanduser, help="folder of real images, .npz or .npy of uint8 images, or saved statistics"
     )
     add("fake", nargs="?", type=os.path.expanduser, help="the same of generated images; optional with --out")
-    network = "inception, a weights file or a .pt2 program that you trust"
-    add("--extractor", type=os.path.expanduser, default="inception", help=network)
+    add(
+        "--extractor",
+        type=os.path.expanduser,
+        default="inception",
+        help="inception, a weights file or a .pt2 program that you trust",
+    )
     add("--resize", choices=RESIZES, help="to Inception's 299 pixels (tf1 for weights of 1,008 classes, else bilinear)")
     add("--dtype", choices=DTYPES, default="float32", help="of Inception (float32)")
-    scores = "fid, is, kid, prdc (precision, recall, density, coverage), swd (sliced Wasserstein, without a network)"
-    add("--metrics", type=score_names, default=[], help=f"with commas: {scores}; all available but swd by default")
+    add(
+        "--metrics",
+        type=score_names,
+        default=[],
+        help="with commas: fid, is, kid, prdc (precision, recall, density, coverage), "
+        "swd (sliced Wasserstein, without a network); all available but swd by default",
+    )
     add("--json", action="store_true", help="print one JSON object")
     add("--out", type=os.path.expanduser, help="write REAL's statistics to this .npz")
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=usable_device, default=cuda, help="cuda if there is one, else cpu")
+    add(
+        "--device",
+        type=usable_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda if there is one, else cpu",
+    )
     return parser
 
 
@@ -1126,16 +1141,16 @@ def folder_notes(folder):
     lines = []
     if folder.skipped:
         some = ", ".join(f"{file} ({reason})" for file, reason in sorted(folder.skipped.items())[:3])
-        lines.append(f"{folder.path}: skipped {len(folder.skipped)} files that are no images, such as {some}")
+        lines.append(f"skipped {len(folder.skipped)} files that are no images, such as {some}")
     pages = sum(folder.pages.values())
     if pages:
-        lines.append(f"{folder.path}: left out {pages} pages, since the first of a file stands for it")
+        lines.append(f"left out {pages} pages, since the first of a file stands for it")
     if folder.runs:
-        lines.append(f"{folder.path}: left out the runs {', '.join(map(str, folder.runs[:3]))}")
+        lines.append(f"left out the runs {', '.join(map(str, folder.runs[:3]))}")
     typical = sorted(folder.brightest)[len(folder.brightest) // 2]
     if typical < 64:
-        lines.append(f"{folder.path}: dark images, most from 0 to {typical} of 255: 12-bit data in 16 bits?")
-    return lines
+        lines.append(f"dark images, most from 0 to {typical} of 255: 12-bit data in 16 bits?")
+    return [f"{folder.path}: {line}" for line in lines]
 
 
 def show(result):
