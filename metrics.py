@@ -472,14 +472,13 @@ def measure(extractor, images, progress=None):
 def measure_cached(extractor, images, folder, progress=None):
     """Computes the Summary of uint8 images [N,C,H,W] without logits; keeps features in the folder by a hash of both."""
     images = as_images(images)
-    content = hashlib.sha256(images.contiguous().numpy()).hexdigest()
-    key = hashlib.sha256(os.fsencode(f"{list(images.shape)} {content} {extractor.made_by}")).hexdigest()[:32]
-    file = Path(folder) / f"features-{key}.npz"
-    with contextlib.suppress(UserError), reading(file, "cache of features"):  # none yet, or damaged: it is made again
+    key = hashlib.sha256(images.contiguous().numpy())
+    key.update(f"{list(images.shape)} {extractor.made_by}".encode())
+    file = Path(folder) / f"features-{key.hexdigest()[:32]}.npz"
+    with contextlib.suppress(UserError, KeyError):  # none yet, or damaged: it is made again
         features = torch.from_numpy(read_arrays(file, ["features"])["features"])
-        if len(features) == len(images):
-            stats = FeatureStats.from_features(features, extractor.made_by)
-            return Summary(stats, features, size=size_of(images))
+        stats = FeatureStats.from_features(features, extractor.made_by)
+        return Summary(stats, features, size=size_of(images))
 
     summary = measure(extractor, images, progress)
     summary.logits = None

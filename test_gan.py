@@ -4075,14 +4075,14 @@ def test_measure_cached_measures_once(cache):
     assert first.size == second.size == "8 x 8" and torch.equal(first.stats.factor, second.stats.factor)
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "torn", "short", "pickle", "other"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "torn", "pickle", "other"])
 def test_measure_cached_makes_a_damaged_cache_anew(damage, cache):
     """By the whole file, which comes back."""
     features = cache.measure().features
     (file,) = cache.folder.iterdir()
     whole = file.read_bytes()
     damaged = {"empty": b"", "cut": whole[:200], "torn": b"PK" + whole[2:900], "pickle": pickle.dumps([1])}
-    damaged |= {"short": npz(features=features[:7]), "other": npz(pictures=features)}
+    damaged["other"] = npz(pictures=features)
     file.write_bytes(damaged[damage])
     assert torch.equal(cache.measure().features, features) and torch.equal(cache.measure().features, features)
     assert cache.measured == 2 and file.read_bytes() == whole
