@@ -2354,12 +2354,6 @@ def test_new_folder_takes_the_name_of_a_run_without_a_checkpoint(tmp_path):
     assert gan.new_folder(gan.Config(runs=str(tmp_path), name="killed")) == tmp_path / "killed"
 
 
-def test_new_folder_refuses_the_name_of_a_run(run):
-    """The definition."""
-    with pytest.raises(gan.UserError, match="exists"):
-        gan.new_folder(gan.Config(runs=str(run.parent), name=run.name))
-
-
 def test_new_folder_reports_a_file_in_its_place(tmp_path, capsys):
     """The definition: one line with the path."""
     (tmp_path / "taken").touch()
