@@ -634,16 +634,19 @@ def generate(G, n, classes=None, seed=0):
 
 
 def sample_grid(G, columns=10, seed=0, classes=None):
-    """Draws a picture [3,H,W]: a row for each of the classes (the first 50), a column for each z; or 8 rows of z."""
+    """Draws a picture [3,H,W]: a row for each of the classes, by default the first 50; without classes, 8 rows.
+
+    With classes each column shows the same z.
+    """
     generator = torch.Generator().manual_seed(seed)
-    if classes is None:
+    if classes is None and G.num_classes:
         classes = range(min(G.num_classes, 50))
-    if classes:
-        y = choose_classes(G, len(classes), classes).repeat_interleave(columns)
-        z = sample_z(columns, G.z_dim, G.trunc, generator).repeat(len(classes), 1)
-    else:
+    if classes is None:
         y = torch.zeros(8 * columns, dtype=torch.int64)
         z = sample_z(8 * columns, G.z_dim, G.trunc, generator)
+    else:
+        y = choose_classes(G, len(classes), classes).repeat_interleave(columns)
+        z = sample_z(columns, G.z_dim, G.trunc, generator).repeat(len(classes), 1)
     return tile(torch.cat(list(render(G, z, y))), columns)
 
 
@@ -891,7 +894,7 @@ def load_images(data, size, channels, data_dir="data"):
     if data in TORCHVISION:
         return load_torchvision(data, size, channels, data_dir)
     if data == "flowers17":
-        data = fetch_flowers(Path(data_dir, data))
+        data = fetch_flowers(Path(data_dir).absolute() / data)
     return load_folder(at_home(data).absolute(), size, channels)
 
 
@@ -1299,12 +1302,12 @@ def read_checkpoint(path, model=GAN):
         if content.get("format") != FORMAT:
             raise UserError(f"it is of another format, by gan.py {content.get('version', 'before 0.9')}")
         unknown = sorted(content["config"].keys() - {f.name for f in fields(model.Config)})
-        loss = content["config"]["loss"]
-        if loss not in D_LOSSES:
-            unknown.append(f"loss {loss}")
         if unknown:
             raise UserError(f"it needs the program that trained it: {model.__name__} has no {', '.join(unknown)}")
-        content["config"] = resolve(model.Config(**content["config"]))
+        try:
+            content["config"] = resolve(model.Config(**content["config"]))
+        except UserError as error:
+            raise UserError(f"it needs the program that trained it: {error}")
         steps = content["steps"]
         names = content["classes"]
         content["images"]
@@ -1361,6 +1364,7 @@ def new_folder(config):
     runs = Path(config.runs)
     runs.mkdir(parents=True, exist_ok=True)
     if config.name:
+        check_name(config)  # again, since decoding may have taken minutes
         folder = runs / config.name
         folder.mkdir(exist_ok=True)  # a run that was killed before its first checkpoint leaves its name
         return folder
@@ -1390,7 +1394,7 @@ def prepare(config, resume=None, model=GAN):
     # Load the images.
     device = join(config.device)
     config = resolve(config)
-    if config.name and not resume:
+    if config.name and not resume and rank() == 0:
         check_name(config)
     images, labels, classes = load_images(config.data, config.size, config.channels, config.data_dir)
     check_batches(config, images, classes)
@@ -1501,7 +1505,7 @@ def train(config, resume=None, model=GAN):
             if saves:
                 stopped |= save(gan, run, draws)
     if gan.steps < run.steps:
-        say(f"stopped at step {gan.steps}: --resume {run.folder} goes on")
+        say(f"stopped at step {gan.steps}: continue with --resume {run.folder}")
     else:
         say(f"done at step {gan.steps}: see {run.folder}")
     return run.folder
@@ -1857,7 +1861,7 @@ def make_parser(model):
         "--n", type=lambda n: whole_number(n, 1, 10**7), help="samples, or walks (10 per class; 80; 8 walks)"
     )
     p.add_argument("--trunc", type=truncation, help="bound of |z| (none)")
-    p.add_argument("--classes", nargs="+", help="names or numbers, a row each, or in turn (all)")
+    p.add_argument("--classes", nargs="+", help="names or numbers: a row each, or in turn with --n (all)")
     p.add_argument("--interpolate", action="store_true", help="rows that walk between random pairs of z")
     p.add_argument("--out", default="samples.png", help=".png, .npz or a new folder (samples.png)")
     return parser

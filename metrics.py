@@ -969,7 +969,7 @@ def open_set(path):
     path = Path(path)
     if path.is_dir():
         images = Folder(path)
-    elif path.is_file() and path.suffix in (".npz", ".npy"):
+    elif path.is_file() and path.suffix.lower() in (".npz", ".npy", ""):
         arrays = read_arrays(path, ["images", "arr_0", "mu"])
         if not arrays:
             raise UserError(f"{path} holds neither statistics (mu, sigma) nor images (images or arr_0)")
@@ -1140,7 +1140,7 @@ def folder_notes(folder):
     lines = []
     if folder.skipped:
         some = ", ".join(f"{file} ({reason})" for file, reason in sorted(folder.skipped.items())[:3])
-        lines.append(f"skipped {len(folder.skipped)} files that are no images, such as {some}")
+        lines.append(f"skipped {len(folder.skipped)} files that are not images, such as {some}")
     pages = sum(folder.pages.values())
     if pages:
         lines.append(f"left out {pages} pages, since the first of a file stands for it")

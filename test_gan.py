@@ -1217,6 +1217,12 @@ def test_sample_grid_takes_named_classes():
     assert torch.equal(z, all_z[:8])
 
 
+def test_sample_grid_refuses_no_classes():
+    """The definition, as generate does."""
+    with pytest.raises(gan.UserError, match="no classes were named"):
+        gan.sample_grid(named(*NAMES), classes=[])
+
+
 def test_sample_grid_without_classes_has_eight_rows():
     """By hand: all z differ."""
     G = gan.Generator(16, 3, 4, 8, 8).eval()
@@ -2354,6 +2360,12 @@ def test_new_folder_takes_the_name_of_a_run_without_a_checkpoint(tmp_path):
     assert gan.new_folder(gan.Config(runs=str(tmp_path), name="killed")) == tmp_path / "killed"
 
 
+def test_new_folder_refuses_the_name_of_a_run(run):
+    """The definition."""
+    with pytest.raises(gan.UserError, match="exists"):
+        gan.new_folder(gan.Config(runs=str(run.parent), name=run.name))
+
+
 def test_new_folder_reports_a_file_in_its_place(tmp_path, capsys):
     """The definition: one line with the path."""
     (tmp_path / "taken").touch()
@@ -3455,17 +3467,20 @@ class Mine(gan.GAN):
         return loss.detach()
 
 
+OWN_FLAGS = ["--pull", "0.25", "--push", "2"]
+
+
 @pytest.fixture
 def mine(tmp_path):
     """Trains a subclass for 3 steps by its command line."""
-    argv = ["train", *TOY_FLAGS, "--pull", "0.25", "--steps", "3", "--runs", str(tmp_path), "--name", "mine"]
+    argv = ["train", *TOY_FLAGS, *OWN_FLAGS, "--steps", "3", "--runs", str(tmp_path), "--name", "mine"]
     gan.main(argv, Mine)
     return tmp_path / "mine"
 
 
 def test_main_of_a_subclass_resumes(mine, tmp_path):
     """The uninterrupted run, bit for bit."""
-    argv = ["train", *TOY_FLAGS, "--pull", "0.25", "--steps", "5", "--runs", str(tmp_path), "--name", "whole"]
+    argv = ["train", *TOY_FLAGS, *OWN_FLAGS, "--steps", "5", "--runs", str(tmp_path), "--name", "whole"]
     gan.main(argv, Mine)
     gan.main(["train", "--resume", str(mine), "--steps", "5"], Mine)
     same_state(tmp_path / "whole", mine, Mine)
@@ -3479,7 +3494,7 @@ def test_main_of_a_subclass_keeps_its_option(mine, capsys):
 
 def test_main_of_a_subclass_has_flags_for_plain_fields(mine, capsys):
     """The definition."""
-    assert gan.read_checkpoint(mine, Mine)["config"].push == 0.0
+    assert gan.read_checkpoint(mine, Mine)["config"].push == 2.0
     assert "push cannot change" in fails(capsys, "train", "--resume", mine, "--push", "1", model=Mine)
     assert "push cannot be 'x': float" in fails_config(push="x")
 
@@ -3499,7 +3514,7 @@ def test_train_resume_checks_the_flags_before_it_reads_the_images(mine, capsys):
 def test_read_checkpoint_names_the_loss_of_another_program(mine, monkeypatch):
     """The definition."""
     monkeypatch.delitem(gan.D_LOSSES, "rpgan")
-    with pytest.raises(gan.UserError, match="needs the program that trained it: Mine has no loss rpgan"):
+    with pytest.raises(gan.UserError, match="needs the program that trained it: loss cannot be 'rpgan'"):
         gan.read_checkpoint(mine, Mine)
 
 
