@@ -1441,9 +1441,11 @@ def planned_steps(config, per_epoch):
 
 
 def describe(classes, labels):
-    """Lists the first classes with the numbers of their images."""
-    counts = labels.bincount().tolist()
-    return ", ".join(f"{name} {count}" for name, count in zip(classes[:20], counts))
+    """Lists the first classes, with the numbers of their images where these differ."""
+    counts = labels.bincount(minlength=len(classes)).tolist()
+    if len(set(counts)) > 1:
+        classes = [f"{name} {count}" for name, count in zip(classes, counts)]
+    return ", ".join(classes[:20])
 
 
 def millions(net):

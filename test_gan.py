@@ -2429,9 +2429,12 @@ def test_planned_steps_are_what_the_help_says(given, per_epoch, expected):
     assert gan.planned_steps(gan.Config(**given), per_epoch) == expected
 
 
-def test_describe_counts_the_images_of_each_class():
+def test_describe_counts_the_images_of_unequal_classes():
     """By hand."""
-    assert gan.describe(["a", "b"], torch.tensor([0, 1, 1])) == "a 1, b 2"
+    labels = torch.tensor([0, 0, 1, 1])
+    assert gan.describe(["a", "b"], labels) == "a, b"
+    assert gan.describe(["a", "b"], labels[1:]) == "a 1, b 2"
+    assert gan.describe([], labels * 0) == ""
 
 
 @pytest.mark.parametrize(
