@@ -777,8 +777,13 @@ def say(line, file=None):
 
 def shout(line, file=None):
     """Prints a line from this process, whichever it is."""
+    put(f"{printable(line)}\n", file)
+
+
+def put(text, file=None):
+    """Writes text at once, so that the lines of several processes stay whole."""
     with contextlib.suppress(OSError, ValueError):  # a reader that has gone away is no reason to stop
-        print(f"{printable(line)}\n", end="", file=file, flush=True)  # one write: processes' lines stay whole
+        print(text, end="", file=file, flush=True)
 
 
 class Progress:
@@ -808,8 +813,7 @@ class Progress:
         if self.terminal:
             line = f"\r\x1b[K{line}"
         end = "" if self.terminal and not last else "\n"
-        with contextlib.suppress(OSError, ValueError):  # a reader that has gone away is no reason to stop
-            print(line, end=end, file=sys.stderr, flush=True)
+        put(f"{line}{end}", sys.stderr)
 
 
 class Cores:
@@ -850,8 +854,7 @@ class Cores:
     def use(self, threads):
         torch.set_num_threads(threads)
         self.free = 0
-        with contextlib.suppress(OSError, ValueError):  # a reader that has gone away is no reason to stop
-            print(f"{threads} of {self.most} threads, as other programs leave", file=sys.stderr, flush=True)
+        put(f"{threads} of {self.most} threads, as other programs leave\n", sys.stderr)
 
 
 def seconds_waited():
@@ -969,7 +972,7 @@ def classes_of(files):
 
 
 def decode_cached(folder, files, size, channels):
-    """Returns what `decode` does, from the cache where it is there."""
+    """Returns what `decode` does, from the cache where it is there and of this form."""
     facts = [DECODER, size, channels, folder]
     for file in files:
         stat = (folder / file).stat()
@@ -977,7 +980,9 @@ def decode_cached(folder, files, size, channels):
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
     cache = cache_folder() / f"{key}.pt"
     with contextlib.suppress(Exception):  # not there, or damaged
-        return torch.load(cache, mmap=True, weights_only=True)
+        images, kept, remarks = torch.load(cache, mmap=True, weights_only=True)
+        if images.shape == (len(kept), channels, size, size):
+            return images, kept, remarks
 
     content = decode(folder, files, size, channels)
     clear_leftovers(cache.parent)

@@ -477,8 +477,9 @@ def measure_cached(extractor, images, folder, progress=None):
     file = Path(folder) / f"features-{key.hexdigest()[:32]}.npz"
     with contextlib.suppress(UserError, KeyError):  # none yet, or damaged: it is made again
         features = torch.from_numpy(read_arrays(file, ["features"])["features"])
-        stats = FeatureStats.from_features(features, extractor.made_by)
-        return Summary(stats, features, size=size_of(images))
+        if len(features) == len(images):
+            stats = FeatureStats.from_features(features, extractor.made_by)
+            return Summary(stats, features, size=size_of(images))
 
     summary = measure(extractor, images, progress)
     summary.logits = None
@@ -832,6 +833,12 @@ def printable(text):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+def put(text, file=None):
+    """Writes text at once, so that the lines of several processes stay whole."""
+    with contextlib.suppress(OSError, ValueError):  # a reader that has gone away is no reason to stop
+        print(text, end="", file=file, flush=True)
+
+
 class Progress:
     """Shows how far some work is, when called as progress(done, total); total is None if unknown.
 
@@ -859,8 +866,7 @@ class Progress:
         if self.terminal:
             line = f"\r\x1b[K{line}"
         end = "" if self.terminal and not last else "\n"
-        with contextlib.suppress(OSError, ValueError):  # a reader that has gone away is no reason to stop
-            print(line, end=end, file=sys.stderr, flush=True)
+        put(f"{line}{end}", sys.stderr)
 
 
 class Cores:
@@ -901,8 +907,7 @@ class Cores:
     def use(self, threads):
         torch.set_num_threads(threads)
         self.free = 0
-        with contextlib.suppress(OSError, ValueError):  # a reader that has gone away is no reason to stop
-            print(f"{threads} of {self.most} threads, as other programs leave", file=sys.stderr, flush=True)
+        put(f"{threads} of {self.most} threads, as other programs leave\n", sys.stderr)
 
 
 def seconds_waited():
