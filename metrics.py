@@ -196,7 +196,8 @@ def sliced_wasserstein(real, fake, seed=0):
     real = laplacian_patches(real, seed)
     fake = laplacian_patches(fake, seed)
     if not real or real.keys() != fake.keys():
-        raise UserError("SWD needs images of one size and kind on both sides")
+        shapes = f"{max(real, default=None)} and {max(fake, default=None)}"
+        raise UserError(f"SWD needs images of one size and kind on both sides, not [C,H,W] {shapes}")
     generator = torch.Generator().manual_seed(seed)
     return float(np.mean([slice_distance(real[level], fake[level], generator) for level in real]))
 

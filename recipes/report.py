@@ -3,8 +3,8 @@
 
     python recipes/report.py RUN...    # folders of runs of gan.py; `gan.py eval` gives them scores
 
-Runs that differ in nothing but the seed share a row of the table; each network that has scored them has a table of its
-own. The page is complete in itself.
+Runs that differ in nothing but the seed share a row of the table. Each network that has scored them, and each size of
+images, has a table of its own. The page is complete in itself.
 """
 
 import base64
@@ -231,12 +231,13 @@ def read_scores(run, steps):
 
 
 def by_network(rows):
-    """Groups rows by the network that made them: {its name: rows}; two of one name are told apart by their weights."""
+    """Groups rows by the network that made them, and its weights and the images' size where these differ."""
     groups = {}
     for row in rows:
-        groups.setdefault((row["network"] or "no network", row.get("weights", "")), []).append(row)
-    names = [name for name, _ in groups]
-    return {n if names.count(n) == 1 else f"{n}, {weights:.8}": some for (n, weights), some in groups.items()}
+        what = (row["network"] or "no network", row.get("weights", "")[:8], f"{row.get('size', '')} px")
+        groups.setdefault(what, []).append(row)
+    names = [name for name, *_ in groups]
+    return {what[0] if names.count(what[0]) == 1 else ", ".join(what): some for what, some in groups.items()}
 
 
 def group_runs(runs):
@@ -252,7 +253,8 @@ def group_runs(runs):
         name = re.sub(r"-seed\d+$", "", run.resolve().name)
         variant = names.setdefault(key, str(run) if name in names.values() else name)
         variants.setdefault(variant, []).append(run)
-        rows += [{"variant": variant, **row} for row in read_scores(run, content["steps"])]
+        who = {"variant": variant, "size": content["config"].size}
+        rows += [who | row for row in read_scores(run, content["steps"])]
     return variants, rows
 
 

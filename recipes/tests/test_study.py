@@ -221,6 +221,17 @@ def test_report_has_a_table_for_each_network(runs):
     assert "–" not in page
 
 
+def test_report_has_a_table_for_each_size():
+    """By definition: the distance of a network changes with the size of its images."""
+    row = {"network": "net", "weights": "0123456789", "FD": 1.0}
+    small, large = row | {"size": 16}, row | {"size": 32}
+    assert report.by_network([small, small, large]) == {
+        "net, 01234567, 16 px": [small, small],
+        "net, 01234567, 32 px": [large],
+    }
+    assert report.by_network([small]) == {"net": [small]}
+
+
 def test_the_page_is_complete_in_itself(place, ended):
     page = (place / "out" / "report.html").read_text()
     for outside in ("<script", "<link", "<iframe", "@import", "http://", "https://"):
