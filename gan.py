@@ -50,7 +50,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.utils import make_grid
 
-__version__ = "0.13"
+__version__ = "1.0"
 FORMAT = 5  # of checkpoints; it changes with the networks and with what a checkpoint holds
 
 
@@ -81,10 +81,6 @@ class Generator(nn.Module):
         # Batch norm removes the scale itself; at first the branches, which have norms inside, outweigh the 1x1 skips.
         for layer in (self.linear, *layers_of(self.blocks, nn.Conv2d)):
             layer.weight.data *= 0.1
-        # At first z moves the channels more than it scales them: gains of full scale tear shapes apart.
-        # Rows are the gains, then the biases; columns are z, then the class.
-        for norm in layers_of(self.blocks, AdaptiveBatchNorm):
-            norm.gain_bias.weight.data[: norm.norm.num_features, :z_dim] *= 0.3
 
     def forward(self, z, y=None):
         e = torch.cat([z, self.embed(y)], dim=1) if self.num_classes else z
