@@ -1746,7 +1746,7 @@ def classes_like(G, labels, names, seed):
 
 # ---- Commands
 def train_command(args, model):
-    # Keep freed memory in this process, on Linux: handing pages back and forth costs a tenth of a step on the CPU.
+    # Keep freed memory in this process, on Linux: handing pages back and forth costs a seventh of a step on the CPU.
     with contextlib.suppress(OSError, AttributeError):  # another system, or a C library other than GNU's
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no mapping for a large block

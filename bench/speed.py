@@ -7,7 +7,7 @@
 
 The textbook: nearest upsampling, then a convolution; a convolution, then average pooling; NCHW; D looks at real and
 fake in two passes, and takes gradients of its own in G's step; new samples for each network; Adam as it comes;
-averaged weights in a Python loop; .item() at every step; float32.
+averaged weights in a Python loop; .item() at every step; float32; no gradient penalty.
 
 The loops take turns, step by step, and times are medians: in one process, where both profit from the memory that
 gan.py's commands hold, and "as started", each in a process of its own, gan.py's as the train command runs it and the
@@ -81,7 +81,7 @@ class TextbookSpectralNorm(gan.SpectralNorm):
             with torch.no_grad():
                 self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
                 self.u.copy_(F.normalize(matrix @ self.v, dim=0))
-        return weight / (self.u.clone() @ matrix @ self.v.clone())
+        return self.gain * weight / (self.u.clone() @ matrix @ self.v.clone())
 
 
 TEXTBOOK = {

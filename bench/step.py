@@ -58,6 +58,7 @@ def measure(model, data, steps, seconds=20):
     matrices in the same dtype. run_s leaves out pictures and checkpoints.
     """
     device = model.device
+    model.train_step(data)  # the first of 16, which has a gradient penalty
     flop = count_flop(model, data)
     for _ in range(5):
         model.train_step(data)

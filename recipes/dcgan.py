@@ -4,8 +4,9 @@
     python recipes/dcgan.py train --loss rpgan --data mnist --size 32 --steps 2000 --cond   # eval, sample: as in gan.py
     python recipes/dcgan.py study --seeds 3 --extractor digits.pt2    # digits.pt2 is made by classifier.py
 
-The defaults are the paper's, but for batches of 64, normal z and averaged weights; nz is --z-dim. With --cond the class
-is a one-hot vector beside z and one-hot planes beside the image. --size can be any power of two from 16 to 512.
+The defaults are the paper's, but for batches of 64, normal z, averaged weights and the loss; nz is --z-dim. With --cond
+the class is a one-hot vector beside z and one-hot planes beside the image. --size can be any power of two from 16 to
+512.
 
 The table in recipes/README.md: MNIST at 32 px, a base of ngf = ndf = 16, nz = 100 and learning rates of 2e-4, 600 steps
 (0.64 epochs), three seeds. FD(digits) is of 5,000 samples against the 60,000 images; the entropy of ten digits is at
