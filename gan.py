@@ -78,7 +78,7 @@ class Generator(nn.Module):
 
         orthogonal_init(self)
         # Adam's steps do not depend on the scale of the weights, so small weights change faster in proportion.
-        # Batch norm removes the scale itself; at first the branches, which have norms inside, outweigh the 1x1 skips.
+        # Norms undo the scale itself, except that the branches, normed inside, at first outweigh the 1x1 skips.
         for layer in (self.linear, *layers_of(self.blocks, nn.Conv2d)):
             layer.weight.data *= 0.1
 
@@ -102,7 +102,7 @@ class GeneratorBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, e):
-        h = upsample_conv(self.conv1, F.relu(self.norm1(x, e), inplace=True))  # a quicker conv1(upsample(h))
+        h = upsample_conv(self.conv1, F.relu(self.norm1(x, e), inplace=True))  # a quicker conv1(upsample(...))
         h = self.conv2(F.relu(self.norm2(h, e), inplace=True))
         return h.add_(upsample(self.skip(x)))  # upsampled last: the 1x1 skip is then cheaper
 
@@ -139,7 +139,7 @@ class Discriminator(nn.Module):
         orthogonal_init(self)
         for layer in layers_of(self, nn.Conv2d, nn.Linear, nn.Embedding):
             layer.weight.data *= 0.3  # spectral norm cancels the scale, so small weights change faster, as in G
-            # Each 3x3 convolution makes up for a ReLU, which halves the mean square (1502.01852); skips have none.
+            # There is a 3x3 convolution for each ReLU, which halves the mean square (1502.01852); skips have neither.
             gain = 2**0.5 if layer.weight.shape[2:] == (3, 3) else 1
             register_parametrization(layer, "weight", SpectralNorm(layer.weight, gain))
 
@@ -148,7 +148,7 @@ class Discriminator(nn.Module):
         h = self.conv(x.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             h = block(h)
-        return F.relu(at_least_float32(h)).sum(dim=(2, 3))  # bfloat16 would round phi to three digits
+        return F.relu(at_least_float32(h)).sum(dim=(2, 3))  # bfloat16 would round phi to 8 bits
 
     def forward(self, x, y=None):
         phi = self.features(x)
@@ -168,7 +168,7 @@ class DiscriminatorBlock(nn.Module):
 
     def forward(self, x):
         h = self.conv1(F.relu(x))
-        return conv_pool(self.conv2, F.relu(h, inplace=True)).add_(self.skip(pool(x)))  # a quicker pool(conv2(h))
+        return conv_pool(self.conv2, F.relu(h, inplace=True)).add_(self.skip(pool(x)))  # a quicker pool(conv2(...))
 
 
 # ---- Losses that D and G minimise, functions of the logits real[N] and fake[N]; softplus(-x) is -log sigmoid(x)
@@ -195,7 +195,8 @@ class GAN:
     """Both networks, the averaged generator, the optimizers, and the step that trains them.
 
     For another GAN, override `networks`, `update_D`, `update_G` or `train_step`. `networks` returns G and D, called as
-    G(z, y) and D(x, y); G has z_dim and num_classes. The fields of `Config` become flags. main(model=YourGAN) runs it.
+    G(z, y) and D(x, y); G has z_dim and num_classes. The fields of the attribute `Config` become flags.
+    main(model=YourGAN) runs it.
     """
 
     PARTS = ("G", "D", "G_ema", "opt_G", "opt_D", "scaler")  # a checkpoint holds the state_dict of each
@@ -205,8 +206,8 @@ class GAN:
         self.config = config
         self.device = torch.device(device)
         self.steps = 0
-        self.classes = []  # names; prepare sets these two
-        self.images = None  # a hash of the images
+        self.classes = []  # names
+        self.images = None  # a hash of the images; prepare sets both
 
         G, D = self.networks(config, num_classes)
         self.G = G.to(self.device, memory_format=torch.channels_last)
@@ -234,7 +235,7 @@ class GAN:
         return Generator(*shape, config.z_dim, num_classes), Discriminator(*shape, num_classes)
 
     def train_step(self, data):
-        """Runs config.d_steps updates of D, each on a new batch of data (an iterator such as `batches`), then of G.
+        """Runs d_steps updates of D, each on a new batch of data (an iterator such as `batches`), then g_steps of G.
 
         Returns float32 [4] on the device, without waiting for it: both losses, then D's mean logits of real and fake.
         """
@@ -246,7 +247,7 @@ class GAN:
             loss_D, real_logits, fake_logits = self.update_D(real, fake.detach(), y)
 
         # G has not changed since it drew fake, so its first update takes these samples. Only rpgan's G reads the real
-        # logits, which are of D before its last update.
+        # logits, from D before its last update.
         loss_G = self.update_G(real, fake, y, real_logits)
         for _ in range(c.g_steps - 1):
             loss_G = self.update_G(real, self.draw(y), y, real_logits)
@@ -256,7 +257,7 @@ class GAN:
         return torch.stack([loss_D, loss_G, real_logits.mean(), fake_logits.mean()])
 
     def draw(self, y):
-        """Draws samples [B,C,H,W] of the classes y[B], through which gradients reach G."""
+        """Draws samples [B,C,H,W], with gradients to G, of the classes y[B], which a G without classes ignores."""
         # Every process draws the noise of the whole batch and keeps its rows, so one seed serves all.
         z = own_rows(sample_z(len(y) * n_ranks(), self.G.z_dim, device=y.device))
         with self.autocast:
@@ -264,7 +265,7 @@ class GAN:
 
     def update_D(self, real, fake, y):
         """Takes one step of D on real, fake [B,C,H,W] of the classes y[B]; returns its loss and both logits [B]."""
-        penalty = self.slope_penalty(real, y)  # first: a compiled D allows no other pass between its own and backward
+        penalty = self.slope_penalty(real, y)  # first: no other pass may split a compiled D's forward and backward
         both = torch.cat([diff_augment(real, self.config.augment), diff_augment(fake, self.config.augment)])
         with self.autocast:  # one pass over both: fewer, larger products
             real_logits, fake_logits = self.D(both, y.repeat(2)).chunk(2)
@@ -315,13 +316,13 @@ class GAN:
         half_life = min(self.config.ema_images, self.steps * self.config.batch / 20)
         weight = 1 - 0.5 ** (self.config.batch / half_life)
         torch._foreach_lerp_(list(self.G_ema.parameters()), list(self.G.parameters()), weight)
-        self.G_ema.load_state_dict(dict(self.G.named_buffers()), strict=False)  # batch norm's are averages already
+        self.G_ema.load_state_dict(dict(self.G.named_buffers()), strict=False)  # running averages of batch norm
 
     def after_log(self, run, record):
-        """Does nothing. The first process calls it with the run's folder and each record of the log, a dict."""
+        """For overrides: the first process calls it with the run's folder and each record of the log, a dict."""
 
     def after_save(self, run):
-        """Does nothing. The first process calls it after each checkpoint; to return True ends the run."""
+        """For overrides: the first process calls it after each checkpoint; True ends the run."""
 
     def save(self, path):
         """Writes a checkpoint; the old file survives until the new one is complete. Refuses what is not finite."""
@@ -334,15 +335,15 @@ class GAN:
         content["steps"] = self.steps
         content["classes"] = self.classes
         content["images"] = self.images
-        buffer = io.BytesIO()  # since torch.save into a file would report a full disk without the reason
+        buffer = io.BytesIO()  # torch.save straight into a file would hide that the disk is full
         torch.save(content, buffer)
         with atomic_write(path) as file:
             file.write(buffer.getbuffer())
 
     def load(self, path):
-        """Restores what `save` wrote, except options such as lr_G that may change.
+        """Restores what `save` wrote, but keeps the options of this run, such as lr_G.
 
-        Refuses other images, and other values of options that must not change.
+        Refuses other images, and options that differ and must not.
         """
         content = read_checkpoint(path, type(self))
         check_resumable(self.config, content["config"])
@@ -350,16 +351,16 @@ class GAN:
             raise UserError(
                 f"{self.config.data} is not what {path} was trained on; recipes/finetune.py takes other images"
             )
-        with reading(path, "checkpoint to go on from"):
+        with reading(path, "checkpoint to resume from"):
             for name in self.PARTS:
                 if name != "scaler" or content[name]:  # without float16 the scaler has no state
                     getattr(self, name).load_state_dict(content[name])
-            # Adam takes moments of any shape; () is its count of steps.
+            # Adam loads moments of any shape; () is its step count.
             for p, state in [*self.opt_G.state.items(), *self.opt_D.state.items()]:
                 if any(t.shape not in (p.shape, ()) for t in state.values() if torch.is_tensor(t)):
-                    raise UserError("the optimizers are of other networks")
+                    raise UserError("the optimizers fit other networks")
         self.steps = content["steps"]
-        self.opt_G.param_groups[0]["lr"] = self.config.lr_G  # the optimizers brought back the old ones
+        self.opt_G.param_groups[0]["lr"] = self.config.lr_G  # loading restored the old ones
         self.opt_D.param_groups[0]["lr"] = self.config.lr_D
 
 
@@ -533,7 +534,7 @@ AUGMENTATIONS = {"color": augment_color, "translation": augment_translation, "cu
 
 
 def diff_augment(x, policy):
-    """Augments each image of x[N,C,S,S] in [-1,1] at random, differentiably. policy: "none", or as "color,cutout"."""
+    """Augments images x[N,C,S,S] in [-1,1], each at random, differentiably; policy is "none" or as "color,cutout"."""
     if policy != "none":
         for name in policy.split(","):
             x = AUGMENTATIONS[name](x)
@@ -551,7 +552,7 @@ def sample_z(n, z_dim, trunc=None, generator=None, device=None):
 
 
 def choose_classes(G, n, classes=None, seed=0):
-    """Lists n numbers of classes, int64 [n]: `classes`, names or numbers, in turn; None draws at random from all."""
+    """Returns n class numbers, int64 [n]: `classes`, names or numbers, in turn; None draws at random from all."""
     if classes is None:
         return torch.randint(max(1, G.num_classes), (n,), generator=torch.Generator().manual_seed(seed))
     if len(classes) == 0:
@@ -561,12 +562,12 @@ def choose_classes(G, n, classes=None, seed=0):
 
 
 def class_index(G, which):
-    """Finds the number of a class by its name or number; text is a number only where no class has one as its name."""
+    """Finds the number of a class by its name or number; text is a number only where no class name is one."""
     names = getattr(G, "classes", [])
     if which in names:
         return names.index(which)
-    is_number = not isinstance(which, str) or (which.isdecimal() and not any(name.isdecimal() for name in names))
-    if not is_number or not 0 <= int(which) < G.num_classes:
+    by_number = not isinstance(which, str) or (which.isdecimal() and not any(name.isdecimal() for name in names))
+    if not by_number or not 0 <= int(which) < G.num_classes:
         known = ", ".join(names) or f"{G.num_classes} classes"
         raise UserError(f"no class {which}: the generator has {known}")
     return int(which)
@@ -574,7 +575,7 @@ def class_index(G, which):
 
 @torch.no_grad()
 def standing_generator(G, trunc=None, n_batches=20, batch=64):
-    """Copies G in eval mode, with batch-norm statistics of its own for z with this bound (arXiv 1809.11096).
+    """Copies G in eval mode, with batch-norm statistics measured on z of this bound (arXiv 1809.11096).
 
     The statistics of other z, or of the weights before averaging, would shift every layer.
     """
@@ -638,7 +639,7 @@ def sample_grid(G, columns=10, seed=0, classes=None):
     if classes is None and G.num_classes:
         classes = range(min(G.num_classes, 50))
     if classes is None:
-        y = torch.zeros(8 * columns, dtype=torch.int64)
+        y = choose_classes(G, 8 * columns)
         z = sample_z(8 * columns, G.z_dim, G.trunc, generator)
     else:
         y = choose_classes(G, len(classes), classes).repeat_interleave(columns)
@@ -656,7 +657,7 @@ def interpolate(G, classes=None, rows=8, columns=10, seed=0):
 
 
 def arc(a, b, n):
-    """Walks from a[N,d] to b[N,d] in n points [N,n,d], on an arc, as points on a line are shorter than any z of G's."""
+    """Walks from a[N,d] to b[N,d] in n points [N,n,d], on an arc, since points on a line are shorter than G's z."""
     cosine = F.cosine_similarity(a, b).clamp(-1, 1)
     angle = torch.arccos(cosine)[:, None, None]
     t = torch.linspace(0, 1, n)[:, None]
@@ -666,7 +667,7 @@ def arc(a, b, n):
 
 def tile(images, columns=10):
     """Arranges uint8 images [n,C,H,W] in one picture [3,H,W] with this many columns."""
-    return make_grid(images, nrow=columns, padding=2, pad_value=255)
+    return make_grid(images, nrow=columns, pad_value=255)
 
 
 # ---- Files and messages
@@ -697,7 +698,7 @@ def atomic_write(path):
 
 @contextlib.contextmanager
 def reading(path, what):
-    """Turns a failure to make sense of a file into one UserError that says what the file should be."""
+    """Turns a failure to make sense of a file into one UserError: that it is not a readable `what`, and why."""
     try:
         yield
     except (ImportError, MemoryError, torch.OutOfMemoryError):
@@ -879,9 +880,9 @@ DATASETS = ("synthetic", "flowers17", *TORCHVISION)
 FLOWERS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz"
 FLOWERS_MD5 = "b59a65d8d1a99cd66944d474e1289eab"
 FLOWERS_CLASSES = (  # 80 pictures each, in this order
-    *("daffodil", "snowdrop", "lily valley", "bluebell", "crocus", "iris", "tigerlily", "tulip", "fritillary"),
-    *("sunflower", "daisy", "coltsfoot", "dandelion", "cowslip", "buttercup", "windflower", "pansy"),
-)
+    "daffodil, snowdrop, lily valley, bluebell, crocus, iris, tigerlily, tulip, fritillary, "
+    "sunflower, daisy, coltsfoot, dandelion, cowslip, buttercup, windflower, pansy"
+).split(", ")
 DECODER = 3  # a number in the cache's key, which changes with what decoding gives
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # for some others Pillow starts a program
 
@@ -932,13 +933,13 @@ def load_folder(folder, size, channels):
     """Loads a folder of images, searched recursively, as `load_images` does.
 
     Its sub-folders are the classes if every image lies in one. Images are cropped to their centre square, resized and
-    kept in ~/.cache/gan.py. Files that are no images are skipped and named.
+    kept in ~/.cache/gan.py. Files that are not images are skipped and named.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data takes a folder of images or one of {', '.join(DATASETS)}")
     files, runs = list_files(folder)
     if Path() in runs:
-        raise UserError(f"{folder} is a run of gan.py, whose pictures are no data")
+        raise UserError(f"{folder} is a run of gan.py: its pictures are not training data")
     if runs:
         say(f"left out the runs {', '.join(map(str, runs[:10]))}")
     images, kept, remarks = decode_cached(folder, files, size, channels)
@@ -947,7 +948,7 @@ def load_folder(folder, size, channels):
         say(remark)
     brightest = images.amax(dim=(1, 2, 3)).median()  # of a typical image
     if brightest < 64:
-        say(f"the images are dark, from 0 to {brightest} of 255: 12-bit camera data in 16 bits, or numbers of classes?")
+        say(f"the images are dark, from 0 to {brightest} of 255: 12-bit camera data in 16 bits, or label masks?")
     labels, classes = classes_of([files[i] for i in kept])
     return images, labels, classes
 
@@ -1020,7 +1021,7 @@ def decode(folder, files, size, channels):
         images = images[: len(kept)].clone()  # a cache of a view would hold the empty rest too
         remarks.append(f"skipped {len(skipped)} of {len(files)} files, such as {', '.join(skipped[:10])}")
     if pages_left_out:
-        remarks.append(f"left out {pages_left_out} pages, since the first of a file stands for it")
+        remarks.append(f"left out {pages_left_out} pages: only the first of each file is used")
     return images, kept, remarks
 
 
@@ -1029,7 +1030,7 @@ def fit(images, size, channels):
     images = resize(images, [size, size], antialias=True)
     if channels == 1:
         images = rgb_to_grayscale(images.float()).round().to(torch.uint8)
-    return images.expand(*images.shape[:-3], channels, -1, -1)
+    return images.expand(*images.shape[:-3], channels, size, size)
 
 
 def hash_of(images):
@@ -1168,7 +1169,10 @@ def layer_size(value):
 
 @dataclass
 class Config:
-    """Holds all hyper-parameters of a run. None stands for the default in parentheses, which `resolve` fills in."""
+    """Holds all hyper-parameters of a run. None stands for the default in parentheses.
+
+    `resolve` fills in those that depend on the data, `planned_steps` the length, `new_folder` the name.
+    """
 
     loss: str = option("rpgan", "adversarial loss", D_LOSSES)
     cond: bool = option(False, "condition on the class; needs data with classes")
@@ -1204,7 +1208,7 @@ class Config:
 
 
 GAN.Config = Config  # here, since the class GAN stands above
-# What may change when a run is resumed, and what may differ between the hosts that train it together.
+# What may change when a run is resumed. LOCAL may too, and may differ between the hosts that train it together.
 RESUMABLE = ("epochs", "steps", "lr_G", "lr_D", "amp", "compile", "log_every", "sample_every", "save_minutes")
 LOCAL = ("data", "data_dir", "device", "runs", "name")
 
@@ -1230,10 +1234,9 @@ def resolve(config):
 
 def check_resumable(config, before):
     """Refuses a config that differs from that of before the break in what must not change."""
-    old = asdict(before)
     may_change = RESUMABLE + LOCAL
     for name, value in asdict(config).items():
-        if value != old[name] and name not in may_change:
+        if value != getattr(before, name) and name not in may_change:
             raise UserError(f"{name} cannot change on resume; these can: {', '.join(may_change)}")
 
 
@@ -1259,7 +1262,7 @@ def checked(field, value):
 # ---- Runs: a folder with config.json, checkpoint.pt, log.jsonl, real.png and samples/
 @dataclass
 class Run:
-    """A run: its plan, its clock, and its folder from when it is opened."""
+    """A run: its plan, its clock, and its folder, which open_run makes in the first process."""
 
     folder: Path | None
     first: int  # step
@@ -1311,7 +1314,7 @@ def read_checkpoint(path, model=GAN):
             raise UserError(f"it needs the program that trained it: {error}")
         steps = content["steps"]
         names = content["classes"]
-        content["images"]
+        content["images"]  # or a KeyError
         if type(steps) is not int or steps < 0 or not all(map(file_name, names)):
             raise UserError("steps or classes have impossible values")
     return content
@@ -1331,7 +1334,7 @@ def load_generator(run, device="cpu", trunc=None, model=GAN):
 
 @contextlib.contextmanager
 def open_run(gan, run):
-    """Locks a run's folder, writes its config and its log as far as the checkpoint; unlocks it at the end."""
+    """Locks a run's folder, writes its config and cuts its log back to the checkpoint; unlocks it at the end."""
     if rank() > 0:  # the first process writes
         yield
         return
@@ -1382,18 +1385,19 @@ def new_folder(config):
 
 def lock_file(file, folder):
     """Locks an open file until it is closed, so that one process at a time trains a run."""
-    with contextlib.suppress(AttributeError, OSError):  # a system or a disk without locks
-        try:
-            os.lockf(file.fileno(), os.F_TLOCK, 0)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"{folder} is being trained by another process")
+    try:
+        os.lockf(file.fileno(), os.F_TLOCK, 0)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{folder} is being trained by another process")
+    except (AttributeError, OSError):  # a system or a disk without locks
+        pass
 
 
 # ---- Training
 def prepare(config, resume=None, model=GAN):
     """Loads the images and builds a GAN, or restores it from a run's folder or a checkpoint: (gan, batches, Run)."""
     # Load the images.
-    device = join(config.device)
+    device = join(config.device)  # first, since it joins the other processes
     config = resolve(config)
     if config.name and not resume and rank() == 0:
         check_name(config)
@@ -1497,6 +1501,7 @@ def train(config, resume=None, model=GAN):
             forecast(gan, run)
             stopped = any_rank(stop)
             draws = gan.steps == run.steps or gan.steps % run.sample_every == 0
+            # All processes know draws and stopped alike, so that all ask any_rank or none.
             saves = draws or stopped or any_rank(time.monotonic() > run.saved + 60 * gan.config.save_minutes)
 
             # Log the losses.
@@ -1535,8 +1540,8 @@ def log(gan, run, losses):
     if rank() == 0:
         seconds = (time.monotonic() - run.began) / (gan.steps - run.first)  # per step
         means = dict(zip(("loss_D", "loss_G", "real_logit", "fake_logit"), losses.mean(dim=0).tolist()))
-        record = {"step": gan.steps, "epoch": gan.steps / run.per_epoch, "images_per_s": gan.config.batch / seconds}
-        record |= means
+        speed = gan.config.batch / seconds
+        record = {"step": gan.steps, "epoch": gan.steps / run.per_epoch, "images_per_s": speed, **means}
         if not run.folder.is_dir():
             say(f"{run.folder} is gone: it is made again, with a checkpoint after the next step")
             write_config(gan, run)
@@ -1544,7 +1549,7 @@ def log(gan, run, losses):
         append_row(run.folder / "log.jsonl", record)
         left = timedelta(seconds=round((run.steps - gan.steps) * seconds))
         shown = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-        say(f"step {gan.steps}/{run.steps}  {record['images_per_s']:.0f} images/s  {left} left  {shown}")
+        say(f"step {gan.steps}/{run.steps}  {speed:.0f} images/s  {left} left  {shown}")
         gan.after_log(run.folder, record)
 
 
@@ -1694,6 +1699,7 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
     rows = []
     for trunc, standing in generators.items():
         scores, made_by, own_notes = score(generate_batches(standing, facts["n"], classes, seed))
+        # SWD alone takes fewer samples, so that its n comes after that of the facts.
         row = {"trunc": trunc, "version": __version__, **facts, **made_by, "notes": notes + own_notes, **scores}
         append_row(folder / "eval.jsonl", row)
         rows.append(row)
@@ -1713,22 +1719,23 @@ def scorer(images, extractor, device):
     """Returns a function that compares batches of samples with the images: (scores, what made them, notes)."""
     import metrics
 
-    metrics.CORES = CORES
-
-    def score(samples):
-        fake = metrics.measure(network, samples, progress=metrics.Progress(f"{network.name}, samples"))
-        return metrics.compare(real, fake), network.made_by, metrics.notes(real, fake)
-
-    def score_patches(samples):
-        some = torch.cat(list(itertools.islice(samples, 128)))
-        return {"SWD": metrics.sliced_wasserstein(images, some)}, {"network": None, "n": len(some)}, [missing]
-
+    metrics.CORES = CORES  # one for both files
     try:
         network = metrics.load_extractor(extractor, device)
     except metrics.WeightsMissing as error:
         missing = str(error)
+
+        def score_patches(samples):
+            some = torch.cat(list(itertools.islice(samples, 128)))  # batches of 64
+            return {"SWD": metrics.sliced_wasserstein(images, some)}, {"network": None, "n": len(some)}, [missing]
+
         return score_patches
-    real = metrics.measure_cached(network, images, cache_folder(), metrics.Progress(f"{network.name}, images"))
+    real = metrics.measure_cached(network, images, cache_folder(), Progress(f"{network.name}, images"))
+
+    def score(samples):
+        fake = metrics.measure(network, samples, progress=Progress(f"{network.name}, samples"))
+        return metrics.compare(real, fake), network.made_by, metrics.notes(real, fake)
+
     return score
 
 
@@ -1762,7 +1769,7 @@ def train_command(args, model):
     run = find_run(resume, given.get("runs", "runs"))
     before = read_checkpoint(run, model)["config"]
     if "epochs" in given:
-        given = {"steps": None, **given}
+        given.setdefault("steps", None)  # steps outrank epochs
     config = replace(before, **given)
     check_resumable(config, before)  # before the images are decoded
     train(config, run, model)
@@ -1944,28 +1951,29 @@ def draw_class(c, n, size):
     def vary(low, high):
         return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
 
-    def paint(inside, hue, pale, value):  # where the distance inside an edge is positive; as HSV, pale: 1 - saturation
+    # Paints where inside, the signed distance from an edge, is positive. The colour is HSV; pale is 1 - saturation.
+    def paint(inside, hue, pale, value):
         waves = [torch.cos(2 * math.pi * (hue - turn)) for turn in (0, 1 / 3, 2 / 3)]
         wheel = torch.stack(waves, dim=1) / 2 + 0.5
         color = (pale + (1 - pale) * wheel) * value[:, None]
         cover = (inside * size / 2 + 0.5).clamp(0, 1)[:, None]
         canvas.lerp_(color, cover)
 
-    # Place the flower: planes [n,size,size].
+    # Place the flower: x and y broadcast to [n,size,size].
     x = grid - vary(-0.12, 0.12)
     y = grid[:, None] + vary(0, 0.25)
     radius = torch.hypot(x, y) / vary(0.6, 0.8)
     angle = torch.atan2(y, x) + vary(-0.25, 0.25)
     bend = vary(-0.3, 0.3)
 
-    # Choose what makes the class: hues go from blue over red to yellow, never leaf green.
+    # Choose what makes the class: hues go from blue through red to yellow, never leaf green.
     petals = 3 + c % 6
     hue = 0.55 + 0.62 * (c * 0.618 % 1)
     ground = (0.58, 0.3, 0.12, 0.7)[c % 4]
     light = (0.95, 0.35, 0.9, 0.25)[c % 4]
 
     # Paint the ground, the stem, the petals and the heart.
-    canvas = torch.zeros(n, 3, size, size)  # since lerp makes NaN of the NaN that unset memory may hold
+    canvas = torch.zeros(n, 3, size, size)  # zeros: lerp would keep a NaN of unset memory
     paint(torch.ones(n, size, size), ground + vary(-0.03, 0.03), 0.6, light * (1 - 0.2 * y))
     stem = 0.07 - (x - bend * y.square()).abs()
     paint(torch.minimum(stem, y), vary(0.3, 0.35), 0.2, vary(0.4, 0.5))

@@ -196,8 +196,8 @@ def sliced_wasserstein(real, fake, seed=0):
     real = laplacian_patches(real, seed)
     fake = laplacian_patches(fake, seed)
     if not real or real.keys() != fake.keys():
-        shapes = f"{max(real, default=None)} and {max(fake, default=None)}"
-        raise UserError(f"SWD needs images of one size and kind on both sides, not [C,H,W] {shapes}")
+        shapes = f"{[*max(real, default=[])]} and {[*max(fake, default=[])]}"
+        raise UserError(f"SWD needs images of one size and kind on both sides, not {shapes}")
     generator = torch.Generator().manual_seed(seed)
     return float(np.mean([slice_distance(real[level], fake[level], generator) for level in real]))
 
@@ -813,7 +813,7 @@ def atomic_write(path):
 
 @contextlib.contextmanager
 def reading(path, what):
-    """Turns a failure to make sense of a file into one UserError that says what the file should be."""
+    """Turns a failure to make sense of a file into one UserError: that it is not a readable `what`, and why."""
     try:
         yield
     except (ImportError, MemoryError, torch.OutOfMemoryError):
@@ -1149,7 +1149,7 @@ def folder_notes(folder):
         lines.append(f"skipped {len(folder.skipped)} files that are not images, such as {some}")
     pages = sum(folder.pages.values())
     if pages:
-        lines.append(f"left out {pages} pages, since the first of a file stands for it")
+        lines.append(f"left out {pages} pages: only the first of each file is used")
     if folder.runs:
         lines.append(f"left out the runs {', '.join(map(str, folder.runs[:3]))}")
     typical = sorted(folder.brightest)[len(folder.brightest) // 2]

@@ -2225,7 +2225,7 @@ def test_load_reports_an_optimizer_of_other_networks(content, own_run, capsys):
     state = copy.deepcopy(content["opt_G"])
     state["state"][3]["exp_avg"] = torch.zeros(5)
     torch.save(content | {"opt_G": state}, own_run / "checkpoint.pt")
-    assert "of other networks" in fails(capsys, "train", "--resume", own_run, "--steps", "9")
+    assert "fit other networks" in fails(capsys, "train", "--resume", own_run, "--steps", "9")
 
 
 def test_read_checkpoint_reports_that_the_images_are_missing(content, tmp_path, capsys):
@@ -3870,7 +3870,7 @@ X = normal(5, 3, 0)
         (metrics.inception_score, (X[:0],), "at least 1"),
         (metrics.kernel_distance, (X[:1], X), ">= 2"),
         (metrics.precision_recall, (X, X, 5), "from 1 to 4"),
-        (metrics.sliced_wasserstein, (pixels(2, 3, 32, 32), pixels(2, 1, 32, 32)), "(3, 32, 32) and (1, 32, 32)"),
+        (metrics.sliced_wasserstein, (pixels(2, 3, 32, 32), pixels(2, 1, 32, 32)), r"\[3, 32, 32\] and \[1, 32, 32\]"),
         (metrics.sliced_wasserstein, (pixels(2, 3, 8, 32), pixels(2, 3, 8, 32)), "16 x 16"),
     ],
 )
@@ -4662,7 +4662,7 @@ def test_run_notes_the_pages_and_runs_that_are_left_out(score, tmp_path):
     for name in ("config.json", "checkpoint.pt"):
         (tmp_path / "run" / name).write_text("{}")
     notes = score(tmp_path, tmp_path)["notes"]
-    assert f"{tmp_path}: left out 3 pages, since the first of a file stands for it" in notes
+    assert f"{tmp_path}: left out 3 pages: only the first of each file is used" in notes
     assert f"{tmp_path}: left out the runs run" in notes
 
 
