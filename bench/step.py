@@ -58,10 +58,9 @@ def measure(model, data, steps, seconds=20):
     matrices in the same dtype. run_s leaves out pictures and checkpoints.
     """
     device = model.device
-    model.train_step(data)  # the first of 16, which has a gradient penalty
-    flop = count_flop(model, data)
     for _ in range(5):
         model.train_step(data)
+    flop = count_flop(model, data)  # of a plain step: the first of 16 has a gradient penalty
 
     # Take steps.
     whole = []

@@ -101,11 +101,12 @@ def html_answers(sentences):
 
 
 def html_scores(rows, remarks):
-    """Lays out a table for each network, with how its scores were made below it."""
+    """Lays out a table for each network, with its name above and how its scores were made below."""
     if not rows:
         return paragraph("No scores: gan.py eval makes them.")
     parts = []
-    for some in by_network(rows).values():
+    for network, some in by_network(rows).items():
+        parts.append(paragraph(network))
         parts.append(html_table(table(some)))
         made = dict.fromkeys((BY_NETWORK if row["network"] else ALONE).format(**row) for row in some)
         notes = dict.fromkeys(note for row in some for note in row["notes"])
@@ -231,13 +232,19 @@ def read_scores(run, steps):
 
 
 def by_network(rows):
-    """Groups rows by the network that made them, and its weights and the images' size where these differ."""
+    """Groups rows by the network that made them, its weights and the images' size: {a name: rows}."""
     groups = {}
     for row in rows:
-        what = (row["network"] or "no network", row.get("weights", "")[:8], f"{row.get('size', '')} px")
+        what = (row["network"] or "no network", row.get("weights"), row.get("size"))
         groups.setdefault(what, []).append(row)
     names = [name for name, *_ in groups]
-    return {what[0] if names.count(what[0]) == 1 else ", ".join(what): some for what, some in groups.items()}
+    return {what[0] if names.count(what[0]) == 1 else full_name(*what): some for what, some in groups.items()}
+
+
+def full_name(network, weights, size):
+    """Names a network with what tells its scores from others of that name, as far as it is known."""
+    parts = [network, weights and weights[:8], size and f"{size} px"]
+    return ", ".join(filter(None, parts))
 
 
 def group_runs(runs):

@@ -221,15 +221,32 @@ def test_report_has_a_table_for_each_network(runs):
     assert "–" not in page
 
 
+MADE = {"network": "net", "weights": "0123456789", "resize": "no", "dtype": "float32", "n": 9, "n_real": 9, "notes": []}
+SIZES = [MADE | {"variant": "ns", "trunc": None, "FD": 1.0, "size": size} for size in (16, 32)]
+
+
 def test_report_has_a_table_for_each_size():
     """By definition: the distance of a network changes with the size of its images."""
-    row = {"network": "net", "weights": "0123456789", "FD": 1.0}
-    small, large = row | {"size": 16}, row | {"size": 32}
+    small, large = SIZES
     assert report.by_network([small, small, large]) == {
         "net, 01234567, 16 px": [small, small],
         "net, 01234567, 32 px": [large],
     }
     assert report.by_network([small]) == {"net": [small]}
+
+
+def test_report_names_scores_without_a_network_by_their_size():
+    """By hand."""
+    rows = [{"network": None, "SWD": 1.0, "size": size} for size in (16, 32)]
+    assert list(report.by_network(rows)) == ["no network, 16 px", "no network, 32 px"]
+
+
+def test_report_says_above_a_table_whose_scores_it_holds():
+    """By hand."""
+    first, *tables = report.html_scores(SIZES, []).split('<div class="wide">')
+    assert first == "<p>net, 01234567, 16 px</p>"
+    assert len(tables) == 2
+    assert tables[0].endswith("<p>net, 01234567, 32 px</p>")
 
 
 def test_the_page_is_complete_in_itself(place, ended):
