@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from torchvision.transforms.functional import to_pil_image
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -53,11 +53,10 @@ def write_report(out, title, variants, rows, sentences=()):
     variants: {name: folders of its runs, one per seed}; the pictures show the first. rows: plain rows (see study.py)
     with their "variant". sentences: [(question, [answers])].
     """
-    truncs = list(dict.fromkeys(row["trunc"] for row in rows)) or [None]
     sections = [
         section("What one learns", html_answers(sentences)) if sentences else "",
         section("Scores", html_scores(rows, [SPREAD, TESTED] if sentences else [SPREAD])),
-        section("Samples", paragraph(NOISE) + "".join(html_pictures(*item, truncs) for item in variants.items())),
+        section("Samples", paragraph(NOISE) + "".join(html_pictures(*item, rows) for item in variants.items())),
         section("Losses, and D's mean logits", html_figure(draw_curves(variants), "curves")),
     ]
     for network, some in by_network(rows).items():
@@ -124,20 +123,34 @@ def html_table(lines):
     return f'<div class="wide"><table>{body}</table></div>'
 
 
-def html_pictures(name, runs, truncs):
-    """Lays out samples of a variant's first run at each trunc, from the same noise, as many in a row as fit."""
-    G, _ = gan.load_generator(runs[0])
+def html_pictures(name, runs, rows):
+    """Lays out the grids of a variant's first run beside each other, as many in a row as fit."""
     shown = ""
-    for trunc in truncs:
-        caption = html.escape(f"{name}, trunc {show_trunc(trunc)}")
-        picture = to_pil_image(gan.sample_grid(gan.standing_generator(G, trunc), columns=6))
-        picture.thumbnail((420, 4000))  # so that the page stays below a megabyte
+    for title, path in find_grids(runs[0], [row["trunc"] for row in rows if row["variant"] == name]).items():
+        caption = html.escape(f"{name}, {title}")
         file = io.BytesIO()
-        picture.save(file, "webp", quality=82)
+        left_part(path).save(file, "webp", quality=82)
         data = base64.b64encode(file.getvalue()).decode()
         image = f'<img src="data:image/webp;base64,{data}" alt="Samples: {caption}">'
         shown += f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
     return f'<div class="pictures">{shown}</div>'
+
+
+def find_grids(run, truncs):
+    """Finds the grids that eval drew at each trunc; of a run without scores, the newest that training drew."""
+    if truncs:
+        found = {f"trunc {show_trunc(trunc)}": run.glob(f"eval-trunc-{trunc}.*".lower()) for trunc in truncs}
+    else:
+        found = {"trunc none": sorted(run.glob("samples/*.png"))[-1:]}
+    return {title: path for title, paths in found.items() for path in paths}
+
+
+def left_part(path):
+    """Opens a grid, of ten columns, and keeps the six on the left, so that one sees them at the width of a figure."""
+    with Image.open(path) as grid:
+        part = grid.convert("RGB").crop((0, 0, grid.width * 6 // 10 + 1, grid.height))
+    part.thumbnail((420, 4000))  # so that a page stays below a few megabytes
+    return part
 
 
 def html_figure(figure, name):

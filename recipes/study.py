@@ -6,8 +6,9 @@
     python recipes/study.py --data FOLDER --seeds 3 --extractor net.pt2 --variants "hinge --cond" "rpgan --cond"
 
 A variant is a loss with flags of `gan.py train`; other flags go to every run. --out receives the runs, study.json
-and report.html. Run the same command again to continue a study that was stopped, or with more --seeds to
-extend it; finished runs and scores are kept.
+and report.html. Run the same command again to continue a study that was stopped, or with more --seeds or other
+--variants to extend it; finished runs and scores are kept. A finished run needs its checkpoint no more: its JSON
+files and grids suffice, so that a study can go on on another machine.
 
 The table in recipes/README.md: the 17-category flowers, 2,100 steps a run, 1,360 samples against the 1,360 training
 images by a MobileNetV2 with ImageNet weights. Hinge is better than ns by 11 ± 25. With classes, FD rises by 32 at a
@@ -74,11 +75,12 @@ class Job:
     model: type = gan.GAN  # whose file trains it
 
     def make(self):
-        """Trains and scores what is missing."""
+        """Trains and scores what is missing. A run with all its scores needs no checkpoint."""
+        if self.truncs and not self.missing():
+            return
         if not self.is_trained():
             self.train()
-        missing = [trunc for trunc in self.truncs if trunc not in self.scores()]
-        if missing:
+        if missing := self.missing():
             flags = ["--data", self.data, "--extractor", self.extractor, "--device", self.device]
             if self.n:
                 flags += ["--n", self.n]
@@ -100,17 +102,22 @@ class Job:
         step, steps = progress(self.run)
         return path.exists() and step > 0 and gan.read_checkpoint(path, self.model)["steps"] >= steps
 
+    def missing(self):
+        """Lists the bounds that have no scores yet."""
+        scores = self.scores()
+        return [trunc for trunc in self.truncs if trunc not in scores]
+
     def scores(self):
         """Reads the scores that the run has, as `make` makes them: {trunc: row}."""
         rows = gan.read_rows(self.run / "eval.jsonl")
         return {row["trunc"]: row for row in rows if self.is_asked_for(row)}
 
     def is_asked_for(self, row):
-        """Tells whether a row is of the run's last step, these images and this network."""
-        newest = row["steps"] == progress(self.run)[0]
+        """Tells whether a row is of the end of the run, these images and this network."""
+        at_end = row["steps"] >= progress(self.run)[1]
         samples = row["seed"] == 0 and row["n"] == (self.n or row["n_real"])
         same_images = row["data"] == self.data
-        return newest and samples and same_images and is_scored_by(row, self.extractor)
+        return at_end and samples and same_images and is_scored_by(row, self.extractor)
 
 
 def is_scored_by(row, extractor):
@@ -170,9 +177,14 @@ def progress(run):
     if not log:
         return 0, 1
     last = log[-1]
-    config = SimpleNamespace(**json.loads((run / "config.json").read_text()))
+    config = config_of(run)
     batches = round(last["step"] / last["epoch"] * config.d_steps)  # per epoch
     return last["step"], gan.planned_steps(config, batches / config.d_steps)
+
+
+def config_of(run):
+    """Reads the config of a run, of whichever model."""
+    return SimpleNamespace(**json.loads((run / "config.json").read_text()))
 
 
 def threads_of(at_once):
@@ -201,7 +213,7 @@ def add_variety(job):
     one picture for each class. Without a class of two real images there is none.
     """
     rows = [row for row in job.scores().values() if row["network"] and "variety" not in row]
-    config = gan.read_checkpoint(job.run, job.model)["config"]
+    config = config_of(job.run)
     if not (rows and config.cond):
         return
     device = gan.join(job.device)
@@ -354,14 +366,9 @@ def is_settled(differences):
 
 
 # ---- Command
-def find_data(data):
-    """Makes the path of a folder absolute; returns the name of a data set as it is."""
-    if data in gan.DATASETS:
-        return data
-    folder = Path(data).expanduser().absolute()
-    if not folder.is_dir():
+def check_data(data):
+    if data not in gan.DATASETS and not gan.at_home(data).is_dir():
         raise gan.UserError(f"no folder {data}; --data takes a folder of images, or one of {', '.join(gan.DATASETS)}")
-    return str(folder)
 
 
 def study(args, definition, configs):
@@ -484,11 +491,10 @@ def prepare(args, flags):
     for trunc in args.trunc:
         gan.sample_z(1, 1, trunc)  # which checks it
     if args.extractor != "inception":
-        args.extractor = str(Path(args.extractor).absolute())
         weights_of(args.extractor)
+    check_data(args.data)
     definition = {
-        "data": find_data(args.data),
-        "variants": args.variants,
+        "data": args.data,
         "trunc": args.trunc,
         "extractor": args.extractor,
         "flags": flags,

@@ -99,6 +99,13 @@ def test_a_finished_study_is_not_made_again(place, runs):
     assert before == [file.stat().st_mtime_ns for file in files]
 
 
+def test_a_finished_study_moves_without_its_checkpoints(place, runs, tmp_path, monkeypatch):
+    moved = shutil.copytree(place / "out", tmp_path / "out", ignore=shutil.ignore_patterns("*.pt", "*.html", "samples"))
+    monkeypatch.setattr(sys, "argv", command(place, "--out", str(moved))[1:])
+    study.main()
+    assert (moved / "report.html").read_bytes() == (place / "out" / "report.html").read_bytes()
+
+
 def test_progress_names_the_run(ended):
     assert "of 3, hinge-cond-seed0: step " in ended.stdout
 
@@ -261,6 +268,20 @@ def test_ids_of_the_page_are_unique(place, ended):
     ids = [part.partition('"')[0] for part in page.split(' id="')[1:]]
     assert len(ids) == len(set(ids)) > 0
     assert {part.partition(")")[0] for part in page.split("url(#")[1:]} <= set(ids)
+
+
+def test_left_part_has_six_of_ten_columns(tmp_path):
+    images = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8)
+    gan.write_picture(tmp_path / "grid.png", gan.tile(images))
+    part = np.asarray(report.left_part(tmp_path / "grid.png"))
+    expected = gan.tile(torch.cat([images[:6], images[10:16]]), columns=6)
+    assert np.array_equal(part, expected.permute(1, 2, 0))
+
+
+def test_report_shows_the_newest_samples_of_a_run_without_scores(runs):
+    """By the steps in the names."""
+    assert report.find_grids(runs[0], []) == {"trunc none": runs[0] / "samples" / "0000016.png"}
+    assert report.find_grids(runs[0], [0.7]) == {"trunc 0.7": runs[0] / "eval-trunc-0.7.png"}
 
 
 def test_report_refuses_a_folder_without_a_run(tmp_path, monkeypatch, capsys):
