@@ -139,7 +139,7 @@ def html_pictures(name, runs, rows):
 def find_grids(run, truncs):
     """Finds the grids that eval drew at each trunc; of a run without scores, the newest that training drew."""
     if truncs:
-        found = {f"trunc {show_trunc(trunc)}": run.glob(f"eval-trunc-{trunc}.*".lower()) for trunc in truncs}
+        found = {f"trunc {show_trunc(trunc)}": run.glob(f"eval-trunc-{trunc}.[a-z]*".lower()) for trunc in truncs}
     else:
         found = {"trunc none": sorted(run.glob("samples/*.png"))[-1:]}
     return {title: path for title, paths in found.items() for path in paths}
