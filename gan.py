@@ -78,7 +78,7 @@ class Generator(nn.Module):
 
         orthogonal_init(self)
         # Adam's steps do not depend on the scale of the weights, so small weights change faster in proportion.
-        # Norms undo the scale itself, except that the branches, normed inside, at first outweigh the 1x1 skips.
+        # Norms undo the scale itself, but only the branches hold norms: at first they outweigh the 1x1 skips.
         for layer in (self.linear, *layers_of(self.blocks, nn.Conv2d)):
             layer.weight.data *= 0.1
 
@@ -139,7 +139,7 @@ class Discriminator(nn.Module):
         orthogonal_init(self)
         for layer in layers_of(self, nn.Conv2d, nn.Linear, nn.Embedding):
             layer.weight.data *= 0.3  # spectral norm cancels the scale, so small weights change faster, as in G
-            # There is a 3x3 convolution for each ReLU, which halves the mean square (1502.01852); skips have neither.
+            # Each 3x3 convolution makes up for a ReLU, which halves the mean square (1502.01852); 1x1 skips have none.
             gain = 2**0.5 if layer.weight.shape[2:] == (3, 3) else 1
             register_parametrization(layer, "weight", SpectralNorm(layer.weight, gain))
 
@@ -290,7 +290,7 @@ class GAN:
     def update_G(self, real, fake, y, real_logits):
         """Takes one step of G on its samples fake [B,C,H,W] of the classes y[B]; returns its loss, a scalar.
 
-        real [B,C,H,W] is there for overrides; real_logits [B] are D's.
+        real [B,C,H,W] is there for overrides; real_logits [B] are D's logits of real.
         """
         self.D.requires_grad_(False)  # the gradient passes through D, which needs none of its own
         augmented = diff_augment(fake, self.config.augment)
@@ -329,12 +329,8 @@ class GAN:
         content = {name: getattr(self, name).state_dict() for name in self.PARTS}
         if not all(t.isfinite().all() for t in tree_leaves(content) if torch.is_tensor(t)):
             raise UserError(f"the state at step {self.steps} is not finite: try lower --lr-G and --lr-D, or --amp off")
-        content["format"] = FORMAT
-        content["version"] = __version__
-        content["config"] = asdict(self.config)
-        content["steps"] = self.steps
-        content["classes"] = self.classes
-        content["images"] = self.images
+        content |= {"format": FORMAT, "version": __version__, "config": asdict(self.config)}
+        content |= {"steps": self.steps, "classes": self.classes, "images": self.images}
         buffer = io.BytesIO()  # torch.save straight into a file would hide that the disk is full
         torch.save(content, buffer)
         with atomic_write(path) as file:
@@ -349,7 +345,7 @@ class GAN:
         check_resumable(self.config, content["config"])
         if (self.classes, self.images) != (content["classes"], content["images"]):
             raise UserError(
-                f"{self.config.data} is not what {path} was trained on; recipes/finetune.py takes other images"
+                f"{path} was not trained on the images in {self.config.data}; recipes/finetune.py takes others"
             )
         with reading(path, "checkpoint to resume from"):
             for name in self.PARTS:
@@ -440,7 +436,7 @@ class SpectralNorm(nn.Module):
 def box(x, divisor, padding):
     """Sums every 2x2 window and divides by divisor: [N,C,H,W] -> [N,C,H',W'] with H' = H - 1 + 2 * padding."""
     if x.requires_grad and torch.is_grad_enabled():
-        return Box.apply(x, divisor, padding)  # only then: a program can be exported only from plain operators
+        return Box.apply(x, divisor, padding)  # only where it is trained: torch.export takes plain operators alone
     if x.is_cuda:
         return F.avg_pool2d(x, 2, stride=1, padding=padding, divisor_override=divisor)
     # On the CPU a depthwise convolution is faster, in bfloat16 five times.
@@ -657,7 +653,7 @@ def interpolate(G, classes=None, rows=8, columns=10, seed=0):
 
 
 def arc(a, b, n):
-    """Walks from a[N,d] to b[N,d] in n points [N,n,d], on an arc, since points on a line are shorter than G's z."""
+    """Walks from a[N,d] to b[N,d] in n points [N,n,d], on an arc, since on a line they would be shorter than G's z."""
     cosine = F.cosine_similarity(a, b).clamp(-1, 1)
     angle = torch.arccos(cosine)[:, None, None]
     t = torch.linspace(0, 1, n)[:, None]
@@ -814,7 +810,7 @@ class Progress:
 
 
 class Cores:
-    """Leaves cores to other programs: threads that share one wait for each other far longer than one thread would work.
+    """Leaves cores to other programs: threads that share one spend far more time in waiting than in work.
 
     `adapt`, called between pieces of work, drops as many of torch's threads as cores that they waited for, and adds one
     once a core has been free for a while. Only Linux says how long threads wait; elsewhere this does nothing.
@@ -1198,7 +1194,7 @@ class Config:
     ema_images: float = option(20_000, "half-life of the averaged weights in images", positive)
     seed: int = option(0, "seed of weights, noise and data order, under 2^32", lambda seed: 0 <= seed < 2**32)
     device: str = option("auto", "auto (cuda if there is one), cpu, cuda, cuda:1, ...")
-    amp: str = option("auto", "autocast; auto: bf16 where it is fast, or fp16 on cuda", ("auto", "bf16", "fp16", "off"))
+    amp: str = option("auto", "autocast; auto: bf16 where fast, else fp16 on cuda", ("auto", "bf16", "fp16", "off"))
     compile: bool = option(False, "torch.compile the networks, which takes minutes before the first step")
     runs: str = option("runs", "folder that holds the runs")
     name: str | None = option(None, "name of the run's folder (a number and what it is)", file_name)
@@ -1467,7 +1463,7 @@ def check_name(config):
 def check_batches(config, images, classes):
     """Refuses a batch or classes that the images cannot give."""
     if len(images) < config.batch:
-        raise UserError(f"--batch {config.batch} is more than the {len(images)} images of {config.data}: give less")
+        raise UserError(f"--batch {config.batch} is more than the {len(images)} images of {config.data}")
     if config.batch % n_ranks():
         raise UserError(f"--batch must be a multiple of {n_ranks()}, the number of processes")
     if config.cond and len(classes) < 2:
@@ -1536,7 +1532,7 @@ def log(gan, run, losses):
     """Logs the means of losses [steps,4] over the steps since the last line."""
     average_over_ranks([losses])
     if not losses.isfinite().all():  # only here does a plain step wait for the GPU
-        raise UserError(f"the losses are not finite by step {gan.steps}: try lower --lr-G, --lr-D or --amp off")
+        raise UserError(f"the losses are not finite by step {gan.steps}: try lower --lr-G and --lr-D, or --amp off")
     if rank() == 0:
         seconds = (time.monotonic() - run.began) / (gan.steps - run.first)  # per step
         means = dict(zip(("loss_D", "loss_G", "real_logit", "fake_logit"), losses.mean(dim=0).tolist()))
@@ -1619,7 +1615,7 @@ def join(name):
         device = torch.device(own)
         torch.zeros(1, device=device).item()
     except Exception as error:  # of many kinds, by what torch was built with
-        raise UserError(f"no device {name!r} here, where --device cpu --amp auto would work: {cause(error)}")
+        raise UserError(f"no device {name!r} here ({cause(error)}); --device cpu --amp auto would work")
     if device.type == "cuda":
         if device.index is not None:  # set_device refuses a plain "cuda", which is the current device already
             torch.cuda.set_device(device)
@@ -1699,7 +1695,7 @@ def evaluate(run, truncs=(None,), n=None, extractor="inception", device="auto", 
     rows = []
     for trunc, standing in generators.items():
         scores, made_by, own_notes = score(generate_batches(standing, facts["n"], classes, seed))
-        # SWD alone takes fewer samples, so that its n comes after that of the facts.
+        # made_by stands behind the facts, since SWD takes fewer samples and has an n of its own.
         row = {"trunc": trunc, "version": __version__, **facts, **made_by, "notes": notes + own_notes, **scores}
         append_row(folder / "eval.jsonl", row)
         rows.append(row)
@@ -1867,11 +1863,9 @@ def make_parser(model):
     p.add_argument("--extractor", default="inception", help="inception, a weights file or a .pt2 program (inception)")
 
     p = commands.add_parser("sample", help="write samples of a run", parents=[common], allow_abbrev=False)
-    p.add_argument(
-        "--n", type=lambda n: whole_number(n, 1, 10**7), help="samples, or walks (10 per class; 80; 8 walks)"
-    )
+    p.add_argument("--n", type=lambda n: whole_number(n, 1, 10**7), help="samples (10 per class, or 80), or walks (8)")
     p.add_argument("--trunc", type=truncation, help="bound of |z| (none)")
-    p.add_argument("--classes", nargs="+", help="names or numbers: a row each, or in turn with --n (all)")
+    p.add_argument("--classes", nargs="+", help="names or numbers: a row each, or in turn with --n (all; in a grid 50)")
     p.add_argument("--interpolate", action="store_true", help="rows that walk between random pairs of z")
     p.add_argument("--out", default="samples.png", help=".png, .npz or a new folder (samples.png)")
     return parser

@@ -40,7 +40,7 @@ from torchvision.models import Inception_V3_Weights, inception_v3
 from torchvision.models.inception import BasicConv2d, InceptionA, InceptionC, InceptionE
 from torchvision.transforms.functional import pil_to_tensor
 
-__version__ = "0.9"
+__version__ = "1.0"
 
 INCEPTION = {  # the first digits of the SHA-256 of published Inception v3 weights
     "0cc3c7bd": "Inception v3 (torchvision)",
@@ -116,7 +116,7 @@ def inception_score(logits, splits=None, seed=0):
 def kernel_distance(x, y, block=512):
     """Estimates the squared MMD of features x[n,d], y[m,d] under the kernel (x.y / d + 1)^3 (KID; arXiv 1801.01401).
 
-    n, m >= 2. Takes all pairs, so nothing is random. Returns a float without bias, which may be slightly negative.
+    n, m >= 2. Takes all pairs, so nothing is random. Returns an unbiased estimate, which may be slightly negative.
     """
     x, y = same_width(x, y)
     d = x.shape[1]
@@ -618,17 +618,15 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, images):
         images = as_images(images)
-        try:
+        what = f"network that gives features [N,d] or (features, logits [N,k]) of {list(images.shape)}"
+        with reading(self.name, what):
             colours = images.to(self.device).expand(-1, 3, -1, -1).float() / 255
             with torch.autocast(self.device.type, enabled=False), without_tf32():
                 outputs = self.network(colours)
             features, logits = (outputs, None) if isinstance(outputs, torch.Tensor) else outputs
             for x in (features, logits):
                 if x is not None and (x.ndim != 2 or len(x) != len(images)):
-                    raise ValueError(f"it gives {list(x.shape)}")
-        except Exception as error:  # a program's may be of any kind
-            expected = f"features [N,d] or (features, logits [N,k]) of {list(images.shape)}"
-            raise UserError(f"{self.name} computes no {expected}: {cause(error)}") from error
+                    raise UserError(f"it gives {list(x.shape)}")
         return features.float(), None if logits is None else logits.float()
 
 
@@ -871,7 +869,7 @@ class Progress:
 
 
 class Cores:
-    """Leaves cores to other programs: threads that share one wait for each other far longer than one thread would work.
+    """Leaves cores to other programs: threads that share one spend far more time in waiting than in work.
 
     `adapt`, called between pieces of work, drops as many of torch's threads as cores that they waited for, and adds one
     once a core has been free for a while. Only Linux says how long threads wait; elsewhere this does nothing.

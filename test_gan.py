@@ -4296,8 +4296,18 @@ def test_extractor_computes_without_tf32():
 def test_extractor_refuses_other_outputs(outputs):
     """By its docstring."""
     network = metrics.Extractor(lambda x: outputs, "net", "0" * 16)
-    with pytest.raises(metrics.UserError, match=r"net computes no features \[N,d\] .*: [^\n]*$"):
+    with pytest.raises(metrics.UserError, match=r"net is not a .* network that gives features \[N,d\] .*: [^\n]*$"):
         network(pixels(2, 3, 8, 8))
+
+
+def test_extractor_does_not_blame_the_network_for_a_lack_of_memory():
+    """By its docstring: main says what helps."""
+
+    def network(x):
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        metrics.Extractor(network, "net", "0" * 16)(pixels(2, 3, 8, 8))
 
 
 def reference_inception(file, classes, x, monkeypatch):

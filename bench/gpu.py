@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What there is to say about gan.py on one GPU, in ten minutes.
 
-    python bench/gpu.py --data ../shared/data/flowers-17 --extractor net.pt2
+    python bench/gpu.py --data FOLDER --extractor net.pt2
 
 A step at 32, 64 and 128 px by dtype and with --compile, beside a textbook loop of the same networks (speed.py), with
 TF32 and cuDNN's autotuner for both; the memory of a step; 150 epochs of a folder at 64 px with classes, as `gan.py
