@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How far to trust an FID: its limit for infinitely many samples, its spread, its value in each class, and KID's spread.
+"""How far to trust an FID: its limit for infinitely many samples, its spread, its value by class, and KID's spread.
 
     python recipes/fid_studies.py REAL FAKE --extractor net.pt2 --studies infinity,interval,classes,kid-subsets
 
