@@ -2,7 +2,7 @@
 """How good a way of training is: trains named settings with several seeds, scores each run, prints a table.
 
     python bench/quality.py flowers-cond emoji mnist --seeds 10 11 12 --jobs 2 --extractor net.pt2 --digits mnist.pt2 \\
-        --data-root ../shared/data -- --loss hinge
+        --data-root DATA -- --loss hinge
 
 A setting has 32 px, width 16, batch 64 and bfloat16, unless its name says otherwise; flags of gan.py train behind --
 come after its own and win. --data-root holds flowers-17, emoji, mnist and usps. Every run has one thread, so two jobs
@@ -13,7 +13,6 @@ and version of gan.py is not made again. The runs with their grids lie in --runs
 """
 
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -121,7 +120,7 @@ def facts_of(job):
 def row_of(job):
     """Makes the row of a finished run."""
     rate = gan.read_rows(job.run / "log.jsonl")[-1]["images_per_s"]
-    batch = json.loads((job.run / "config.json").read_text())["batch"]
+    batch = study.config_of(job.run).batch
     scores = [study.plain(job.scores()[trunc]) for trunc in TRUNCS]
     scores = [{name: row[name] for name in KEPT if name in row} for row in scores]
     return facts_of(job) | {"code": CODE, "run": job.run.name, "step_s": batch / rate, "scores": scores}

@@ -76,11 +76,12 @@ class Job:
 
     def make(self):
         """Trains and scores what is missing. A run with all its scores needs no checkpoint."""
-        if self.truncs and not self.missing():
+        missing = self.missing()
+        if self.truncs and not missing:
             return
         if not self.is_trained():
             self.train()
-        if missing := self.missing():
+        if missing:
             flags = ["--data", self.data, "--extractor", self.extractor, "--device", self.device]
             if self.n:
                 flags += ["--n", self.n]
@@ -89,6 +90,8 @@ class Job:
     def train(self):
         flags = ["--resume", self.run]
         if not (self.run / "checkpoint.pt").exists():
+            if self.scores():  # a new run would take the place of the one that these are of
+                raise gan.UserError(f"{self.run} has no checkpoint.pt to make its other scores from")
             flags = [*self.flags, "--seed", self.seed, "--runs", self.run.parent, "--name", self.run.name]
         self.call("train", *flags)
         if not self.is_trained():
@@ -114,7 +117,8 @@ class Job:
 
     def is_asked_for(self, row):
         """Tells whether a row is of the end of the run, these images and this network."""
-        at_end = row["steps"] >= progress(self.run)[1]
+        step, steps = progress(self.run)
+        at_end = row["steps"] == step >= steps
         samples = row["seed"] == 0 and row["n"] == (self.n or row["n_real"])
         same_images = row["data"] == self.data
         return at_end and samples and same_images and is_scored_by(row, self.extractor)

@@ -106,6 +106,16 @@ def test_a_finished_study_moves_without_its_checkpoints(place, runs, tmp_path, m
     assert (moved / "report.html").read_bytes() == (place / "out" / "report.html").read_bytes()
 
 
+def test_a_run_without_its_checkpoint_keeps_its_log(place, runs, tmp_path):
+    """By definition: another bound cannot be scored, and a new run would cut the log."""
+    moved = shutil.copytree(runs[0], tmp_path / "run", ignore=shutil.ignore_patterns("*.pt"))
+    data, extractor = str(place / "data"), str(place / "tiny.pt2")
+    job = study.Job("ns", 0, moved, ["--data", data, *TOY], [None, 0.7, 1], data, extractor)
+    with pytest.raises(gan.UserError, match=r"run has no checkpoint\.pt"):
+        job.make()
+    assert (moved / "log.jsonl").read_bytes() == (runs[0] / "log.jsonl").read_bytes()
+
+
 def test_progress_names_the_run(ended):
     assert "of 3, hinge-cond-seed0: step " in ended.stdout
 
@@ -173,7 +183,7 @@ def test_scores_of_another_step_images_or_network_do_not_count(place, runs, tmp_
     row = gan.read_rows(runs[0] / "eval.jsonl")[0]
     job = study.Job("ns", 0, runs[0], [], [None], row["data"], str(place / "tiny.pt2"))
     assert job.is_asked_for(row)
-    for change in ({"steps": 15}, {"data": "elsewhere"}, {"weights": "0" * 16}, {"n": 7}, {"seed": 1}):
+    for change in ({"steps": 15}, {"steps": 17}, {"data": "elsewhere"}, {"weights": "0" * 16}, {"n": 7}, {"seed": 1}):
         assert not job.is_asked_for(row | change)
 
 
