@@ -50,7 +50,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.utils import make_grid
 
-__version__ = "1.0"
+__version__ = "1.1"
 FORMAT = 5  # of checkpoints; it changes with the networks and with what a checkpoint holds
 
 
@@ -1184,8 +1184,8 @@ class Config:
     epochs: float | None = option(None, "passes over the data (150, but at least 3,000 steps; synthetic 75)", positive)
     steps: int | None = option(None, "training steps, instead of epochs", positive)
     batch: int = option(64, "images per step, over all processes; at least 2", lambda n: 2 <= n < 1e9)
-    lr_G: float = option(4e-4, "Adam's learning rate of the generator", positive)
-    lr_D: float = option(4e-4, "Adam's learning rate of the discriminator", positive)
+    lr_G: float | None = option(None, "learning rate of the generator (4e-4, less above 128 channels)", positive)
+    lr_D: float | None = option(None, "learning rate of the discriminator (the same)", positive)
     r1: float = option(0.05, "weight of the penalty on D's slope at real images", not_negative)
     beta1: float = option(0.0, "Adam's first beta, in [0, 1)", share)
     beta2: float = option(0.99, "Adam's second beta, in [0, 1)", share)
@@ -1218,11 +1218,16 @@ def resolve(config):
     for name in ("data_dir", "runs"):
         values[name] = str(at_home(values[name]))
     size = values["size"] or (32 if data == "synthetic" else 64)
+    width = values["width"] or size // 2
+    # Adam moves every weight by about the rate, so a sum over n channels moves by n times as much (arXiv 2203.03466).
+    rate = 4e-4 * min(1, 128 / channel_widths(size, width, values["max_width"])[-1])
     defaults = {
         "size": size,
-        "width": size // 2,
+        "width": width,
         "channels": 1 if data in GRAY else 3,
         "flip": data not in GRAY,
+        "lr_G": rate,
+        "lr_D": rate,
     }
     missing = {name: value for name, value in defaults.items() if values[name] is None}
     return replace(config, **values | missing)

@@ -2052,11 +2052,28 @@ def test_resolve_fills_in_what_depends_on_the_data(data, expected):
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    "shape, rate",
+    [
+        (dict(size=16), 4e-4),  # 32 channels
+        (dict(size=32), 4e-4),  # 128
+        (dict(size=32, width=32), 2e-4),  # 256
+        (dict(size=64), 1e-4),  # 512
+        (dict(size=64, max_width=64), 4e-4),
+        (dict(size=128), 1e-4),
+    ],
+)
+def test_resolve_takes_the_learning_rates_from_the_widest_layer(shape, rate):
+    """By hand: 4e-4 up to 128 channels, and inversely proportional beyond."""
+    config = gan.resolve(gan.Config(**shape))
+    assert (config.lr_G, config.lr_D) == (rate, rate)
+
+
 def test_resolve_keeps_what_was_given(tmp_path, monkeypatch):
     """The definition; a folder's path becomes absolute."""
     monkeypatch.chdir(tmp_path)
-    config = gan.resolve(gan.Config(data="pictures", size=16, width=5, flip=False))
-    assert (config.size, config.width, config.flip) == (16, 5, False)
+    config = gan.resolve(gan.Config(data="pictures", size=16, width=5, flip=False, lr_D=1e-3))
+    assert (config.size, config.width, config.flip, config.lr_D) == (16, 5, False, 1e-3)
     assert config.data == str(tmp_path / "pictures")
 
 
