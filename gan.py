@@ -50,7 +50,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.utils import make_grid
 
-__version__ = "1.1"
+__version__ = "1.2"
 FORMAT = 5  # of checkpoints; it changes with the networks and with what a checkpoint holds
 
 
@@ -269,7 +269,7 @@ class GAN:
         both = torch.cat([diff_augment(real, self.config.augment), diff_augment(fake, self.config.augment)])
         with self.autocast:  # one pass over both: fewer, larger products
             real_logits, fake_logits = self.D(both, y.repeat(2)).chunk(2)
-        loss = D_LOSSES[self.config.loss](real_logits, fake_logits)
+        loss = self.loss_D(real_logits, fake_logits)
         self.descend(self.opt_D, loss + penalty)
         return loss.detach(), real_logits.detach(), fake_logits.detach()
 
@@ -296,10 +296,30 @@ class GAN:
         augmented = diff_augment(fake, self.config.augment)
         with self.autocast:
             fake_logits = self.D(augmented, y)
-        loss = G_LOSSES[self.config.loss](real_logits, fake_logits)
+        loss = self.loss_G(real_logits, fake_logits)
         self.descend(self.opt_G, loss)
         self.D.requires_grad_(True)
         return loss.detach()
+
+    def loss_D(self, real_logits, fake_logits):
+        """Computes D's loss of its logits [B], a scalar."""
+        mean = self.mean_logit(real_logits, fake_logits)  # with its gradient, or else all logits could run away
+        return D_LOSSES[self.config.loss](real_logits - mean, fake_logits - mean)
+
+    def loss_G(self, real_logits, fake_logits):
+        """Computes G's loss of D's logits [B], a scalar."""
+        mean = self.mean_logit(real_logits, fake_logits.detach())
+        return G_LOSSES[self.config.loss](real_logits - mean, fake_logits - mean)
+
+    def mean_logit(self, real_logits, fake_logits):
+        """Averages both logits over all processes where config.center is set, and is 0 elsewhere.
+
+        Adam shifts all logits together by more than it moves real from fake, and of a shift there is nothing to learn.
+        """
+        if not self.config.center:
+            return 0
+        mean = torch.cat([real_logits, fake_logits]).mean()
+        return SumOverRanks.apply(mean) / n_ranks() if n_ranks() > 1 else mean
 
     def descend(self, optimizer, loss):
         """Takes one step of the optimizer down the gradient of the loss."""
@@ -1171,6 +1191,7 @@ class Config:
     """
 
     loss: str = option("rpgan", "adversarial loss", D_LOSSES)
+    center: bool | None = option(None, "subtract the mean of all logits in the loss (for ns, minimax and hinge)")
     cond: bool = option(False, "condition on the class; needs data with classes")
     data: str = option("synthetic", f"a folder of images or of class folders, or one of {', '.join(DATASETS)}", bool)
     data_dir: str = option("data", "where the named data sets lie or are downloaded to")
@@ -1222,6 +1243,7 @@ def resolve(config):
     # Adam moves every weight by about the rate, so a sum over n channels moves by n times as much (arXiv 2203.03466).
     rate = 4e-4 * min(1, 128 / channel_widths(size, width, values["max_width"])[-1])
     defaults = {
+        "center": values["loss"] in ("ns", "minimax", "hinge"),  # a shift is nothing to rpgan and wgan
         "size": size,
         "width": width,
         "channels": 1 if data in GRAY else 3,
@@ -1309,6 +1331,7 @@ def read_checkpoint(path, model=GAN):
         unknown = sorted(content["config"].keys() - {f.name for f in fields(model.Config)})
         if unknown:
             raise UserError(f"it needs the program that trained it: {model.__name__} has no {', '.join(unknown)}")
+        content["config"].setdefault("center", False)  # as before version 1.2
         try:
             content["config"] = resolve(model.Config(**content["config"]))
         except UserError as error:

@@ -199,7 +199,10 @@ GAN_NAMES = """
     generate sample_z diff_augment to_float to_uint8 tile write_picture sample_grid load_images batches option resolve
     find_run read_checkpoint UserError atomic_write reading Parser whole_number SHEET
 """
-METHODS = "G D G_ema opt_G opt_D steps Config networks train_step update_D update_G after_log after_save save load"
+METHODS = """
+    G D G_ema opt_G opt_D steps Config networks train_step update_D update_G loss_D loss_G after_log after_save save
+    load
+"""
 METRICS_NAMES = """
     load_extractor measure compare notes Folder FeatureStats frechet_distance inception_score kernel_distance
     precision_recall sliced_wasserstein
@@ -613,7 +616,8 @@ def test_update_d_returns_its_loss_and_both_logits(loss):
     loss_D, real_logits, fake_logits = model.update_D(real, fake, y)
     assert gap(real_logits, model.D(real, y).detach()) < 1e-5
     assert gap(fake_logits, model.D(fake, y).detach()) < 1e-5
-    assert gap(loss_D, gan.D_LOSSES[loss](real_logits, fake_logits)) < 1e-6
+    mean = (real_logits.mean() + fake_logits.mean()) / 2 if model.config.center else 0
+    assert gap(loss_D, gan.D_LOSSES[loss](real_logits - mean, fake_logits - mean)) < 1e-6
 
 
 @pytest.mark.parametrize("steps, share", [(0, 1), (1, 0), (15, 0), (16, 1)])
@@ -662,7 +666,43 @@ def test_update_g_returns_its_loss(loss):
     real_logits = torch.randn(8, generator=seeded(1))
     loss_G = model.update_G(real, fake, y, real_logits)
     fake_logits = model.D(fake, y).detach()
-    assert gap(loss_G, gan.G_LOSSES[loss](real_logits, fake_logits)) < 1e-6
+    mean = (real_logits.mean() + fake_logits.mean()) / 2 if model.config.center else 0
+    assert gap(loss_G, gan.G_LOSSES[loss](real_logits - mean, fake_logits - mean)) < 1e-6
+
+
+SHIFTLESS = ["hinge", "minimax", "ns", "rpgan", "wgan"]
+
+
+@pytest.mark.parametrize("loss", SHIFTLESS)
+@pytest.mark.parametrize("name", ["loss_D", "loss_G"])
+def test_losses_do_not_feel_a_shift_of_all_logits(name, loss):
+    """By hand: centred losses lose the shift; rpgan has differences alone. wgan's G feels it, but not its gradient."""
+    model = toy(loss=loss)
+    fake = torch.randn(8, generator=seeded(1), dtype=torch.float64).requires_grad_()
+    real = torch.randn(8, generator=seeded(2), dtype=torch.float64)
+    slopes = []
+    for shift in (0, 40):
+        value = getattr(model, name)(real + shift, fake + shift)
+        slopes.append(torch.autograd.grad(value, fake)[0])
+    assert gap(*slopes) < 1e-12
+
+
+@pytest.mark.parametrize("loss", SHIFTLESS)
+def test_loss_d_does_not_push_all_logits_one_way(loss):
+    """By hand: the gradients of a function of differences add up to 0."""
+    real, fake = 3 * torch.randn(2, 8, generator=seeded(1), dtype=torch.float64) + 5
+    logits = [real.requires_grad_(), fake.requires_grad_()]
+    slopes = torch.autograd.grad(toy(loss=loss).loss_D(*logits), logits)
+    assert torch.cat(slopes).abs().max() > 0.01
+    assert abs(torch.cat(slopes).sum()) < 1e-12
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_without_center_are_those_of_the_tables(loss):
+    """The tables of losses."""
+    model = toy(loss=loss, center=False)
+    assert torch.equal(model.loss_D(REAL, FAKE), gan.D_LOSSES[loss](REAL, FAKE))
+    assert torch.equal(model.loss_G(REAL, FAKE), gan.G_LOSSES[loss](REAL, FAKE))
 
 
 def test_update_g_leaves_d_as_it_was():
@@ -2069,6 +2109,13 @@ def test_resolve_takes_the_learning_rates_from_the_widest_layer(shape, rate):
     assert (config.lr_G, config.lr_D) == (rate, rate)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_resolve_centres_the_losses_that_are_symmetric(loss):
+    """The help of --center."""
+    assert gan.resolve(gan.Config(loss=loss)).center == (loss in ("ns", "minimax", "hinge"))
+    assert gan.resolve(gan.Config(loss=loss, center=loss == "wgan")).center == (loss == "wgan")
+
+
 def test_resolve_keeps_what_was_given(tmp_path, monkeypatch):
     """The definition; a folder's path becomes absolute."""
     monkeypatch.chdir(tmp_path)
@@ -2262,6 +2309,13 @@ def test_read_checkpoint_refuses_fields_of_another_program(content, tmp_path, ca
     """The definition: a checkpoint of a subclass needs the subclass."""
     torch.save(content | {"config": content["config"] | {"patience": 3}}, tmp_path / "x.pt")
     assert "GAN has no patience" in sample_fails(capsys, tmp_path / "x.pt")
+
+
+def test_read_checkpoint_of_before_version_1_2_has_uncentred_losses(content, tmp_path):
+    """The definition: a run goes on by the losses that it began with."""
+    config = {name: value for name, value in content["config"].items() if name != "center"}
+    torch.save(content | {"config": config | {"loss": "ns"}}, tmp_path / "x.pt")
+    assert gan.read_checkpoint(tmp_path / "x.pt")["config"].center is False
 
 
 def test_load_generator_is_ready_to_draw(run):
@@ -2826,17 +2880,18 @@ normed_bf16 = norm(h).detach()
 
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
-config = gan.Config(cond=True, size=16, width=4, max_width=8, z_dim=8, batch=8, amp="off", device="cpu")
 images, labels, classes = gan.load_images("synthetic", 16, 3)
-model = gan.GAN(gan.resolve(config), len(classes))
-data = gan.batches(images, labels, model.config, model.device)
-losses = torch.stack([model.train_step(data) for _ in range(20)])
-gan.average_over_ranks([losses])
+trained = {{}}
+for loss in ("rpgan", "ns"):
+    toy = dict(size=16, width=4, max_width=8, z_dim=8, batch=8, amp="off", device="cpu")
+    model = gan.GAN(gan.resolve(gan.Config(loss=loss, cond=True, **toy)), len(classes))
+    data = gan.batches(images, labels, model.config, model.device)
+    losses = torch.stack([model.train_step(data) for _ in range(20)])
+    gan.average_over_ranks([losses])
+    trained[loss] = {{"losses": losses, "G": model.G.state_dict(), "D": model.D.state_dict()}}
 noise = gan.own_rows(gan.sample_z(8, 8))
-names = "said normed statistics normed_bf16 losses noise".split()
+names = "said normed statistics normed_bf16 noise trained".split()
 result = {{name: globals()[name] for name in names}}
-result["G"] = model.G.state_dict()
-result["D"] = model.D.state_dict()
 torch.save(result, f"{{sys.argv[1]}}-{{gan.rank()}}")
 sys.stdout.flush()
 os._exit(0)  # see the end of gan.main
@@ -2884,9 +2939,10 @@ def test_own_rows_give_each_process_noise_of_its_own(ranks):
 
 
 @pytest.mark.parametrize("part", ["G", "D"])
-def test_train_step_of_two_processes_is_that_of_one(part, ranks):
+@pytest.mark.parametrize("loss", ["rpgan", "ns"])
+def test_train_step_of_two_processes_is_that_of_one(loss, part, ranks):
     """One process, after 20 steps in float64 at the usual rates."""
-    one, *both = ranks
+    one, *both = [result["trained"][loss] for result in ranks]
     for result in both:
         assert gap(result["losses"], one["losses"]) < 1e-9
         for name, tensor in result[part].items():

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
 """DCGAN (arXiv 1511.06434): strided convolutions and batch norm in both networks, and what each setting does to digits.
 
-    python recipes/dcgan.py train --loss rpgan --data mnist --size 32 --steps 2000 --cond   # eval, sample: as in gan.py
+    python recipes/dcgan.py train --data mnist --size 32 --steps 2000 --cond   # eval, sample: as in gan.py
     python recipes/dcgan.py study --seeds 3 --extractor digits.pt2    # digits.pt2 is made by classifier.py
 
-The defaults are the paper's, but for batches of 64, normal z, averaged weights and the loss; nz is --z-dim. With --cond
-the class is a one-hot vector beside z and one-hot planes beside the image. --size can be any power of two from 16 to
-512.
+The defaults are the paper's, but for batches of 64, normal z and averaged weights; nz is --z-dim. With --cond the class
+is a one-hot vector beside z and one-hot planes beside the image. --size can be any power of two from 16 to 512.
 
 The table in recipes/README.md: MNIST at 32 px, a base of ngf = ndf = 16, nz = 100 and learning rates of 2e-4, 600 steps
 (0.64 epochs), three seeds. FD(digits) is of 5,000 samples against the 60,000 images; the entropy of ten digits is at
@@ -87,6 +86,7 @@ def normal_init(net):
 
 @dataclass
 class Config(gan.Config):
+    loss: str = gan.option("ns", "adversarial loss", gan.D_LOSSES)
     ngf: int = gan.option(64, "channels of the generator at half resolution", gan.positive)
     ndf: int = gan.option(64, "channels of the discriminator at half resolution", gan.positive)
     init: str = gan.option("normal", "first weights: of deviation 0.02, or by torch's default", ("normal", "torch"))
@@ -97,6 +97,7 @@ class Config(gan.Config):
     beta2: float = gan.option(0.999, "Adam's second beta, in [0, 1)", gan.share)
     augment: str = gan.option("none", "none, or some of color,translation,cutout", gan.policy)
     r1: float = gan.option(0.0, "weight of the penalty on D's slope at real images", gan.not_negative)
+    center: bool = gan.option(False, "subtract the mean of all logits in the loss")
 
     def __post_init__(self):
         if self.width not in (None, self.ngf):
@@ -125,30 +126,30 @@ class DCGAN(gan.GAN):
         with self.autocast:
             real_logits = self.D(gan.diff_augment(real, self.config.augment), y)
             fake_logits = self.D(gan.diff_augment(fake, self.config.augment), y)
-        loss = gan.D_LOSSES[self.config.loss](real_logits, fake_logits)
+        loss = self.loss_D(real_logits, fake_logits)
         self.descend(self.opt_D, loss + penalty)
         return loss.detach(), real_logits.detach(), fake_logits.detach()
 
 
 # ---- The study: a small base, and one change at a time
 VARIANTS = {
-    "base": "rpgan",
-    "ngf 64": "rpgan --ngf 64",
-    "ngf 128": "rpgan --ngf 128",
-    "ndf 64": "rpgan --ndf 64",
-    "ndf 128": "rpgan --ndf 128",
-    "nz 10": "rpgan --z-dim 10",
-    "nz 1000": "rpgan --z-dim 1000",
-    "torch's first weights": "rpgan --init torch",
-    "4 times the steps": "rpgan --steps 2400",
-    "5 epochs": "rpgan --steps 4685",
-    "30 epochs": "rpgan --steps 28110",
-    "with classes": "rpgan --cond",
-    "with classes, 5 epochs": "rpgan --cond --steps 4685",
-    "learning rates 0.02": "rpgan --lr-G 0.02 --lr-D 0.02",
-    "learning rates 0.000002": "rpgan --lr-G 0.000002 --lr-D 0.000002",
-    "learning rate 0.1 of G": "rpgan --lr-G 0.1",
-    "learning rate 0.1 of D": "rpgan --lr-D 0.1",
+    "base": "ns",
+    "ngf 64": "ns --ngf 64",
+    "ngf 128": "ns --ngf 128",
+    "ndf 64": "ns --ndf 64",
+    "ndf 128": "ns --ndf 128",
+    "nz 10": "ns --z-dim 10",
+    "nz 1000": "ns --z-dim 1000",
+    "torch's first weights": "ns --init torch",
+    "4 times the steps": "ns --steps 2400",
+    "5 epochs": "ns --steps 4685",
+    "30 epochs": "ns --steps 28110",
+    "with classes": "ns --cond",
+    "with classes, 5 epochs": "ns --cond --steps 4685",
+    "learning rates 0.02": "ns --lr-G 0.02 --lr-D 0.02",
+    "learning rates 0.000002": "ns --lr-G 0.000002 --lr-D 0.000002",
+    "learning rate 0.1 of G": "ns --lr-G 0.1",
+    "learning rate 0.1 of D": "ns --lr-D 0.1",
 }
 STUDY = digits.Study(
     name="dcgan",

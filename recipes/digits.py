@@ -72,7 +72,8 @@ class Study:
     def compare(self, variants, seeds, steps, jobs, data_dir, extractor, out):
         """Makes the runs that the folder `out` lacks, then the table and the picture."""
         network = metrics.load_extractor(extractor)
-        definition = {"data": self.data, "steps": steps, "flags": self.flags, "variants": self.variants}
+        definition = {"version": gan.__version__, "data": self.data, "steps": steps}
+        definition |= {"flags": self.flags, "variants": self.variants}
         with study.open_study(out, definition):
             config = self.config(variants[0])
             images, labels, _ = gan.load_images(self.data, config.size, config.channels, data_dir)

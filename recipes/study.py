@@ -498,6 +498,7 @@ def prepare(args, flags):
         weights_of(args.extractor)
     check_data(args.data)
     definition = {
+        "version": gan.__version__,  # others have other networks or defaults
         "data": args.data,
         "trunc": args.trunc,
         "extractor": args.extractor,

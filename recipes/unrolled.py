@@ -41,6 +41,7 @@ class Config(gan.Config):
     unroll: int = gan.option(5, "steps of D that G looks ahead; 0: a plain GAN", gan.not_negative)
     second_order: bool = gan.option(True, "let G's gradient flow through these steps, as in the paper")
     plain: bool = gan.option(False, "small perceptrons in place of convolutional networks; --width is theirs")
+    center: bool = gan.option(False, "subtract the mean of all logits in the loss")
 
     def __post_init__(self):
         if self.compile and self.unroll and self.second_order:
@@ -71,9 +72,9 @@ class Unrolled(gan.GAN):
         fake = gan.diff_augment(fake, self.config.augment)
         later = self.look_ahead(real, fake, y)
         real_logits, fake_logits = self.logits(later, real, fake, y)
-        loss = gan.G_LOSSES[self.config.loss](real_logits.detach(), fake_logits)
+        loss = self.loss_G(real_logits.detach(), fake_logits)
         # The later D depends on G, and so do its logits of real images: G raises D's loss on these too.
-        loss_D = gan.D_LOSSES[self.config.loss](real_logits, fake_logits.detach())
+        loss_D = self.loss_D(real_logits, fake_logits.detach())
         self.descend(self.opt_G, loss - loss_D)
         return loss.detach()
 
@@ -87,7 +88,7 @@ class Unrolled(gan.GAN):
         rates = [self.rate(w) for w in self.D.parameters()]
         for _ in range(self.config.unroll):
             real_logits, fake_logits = self.logits(weights | buffers, real, fake, y)
-            loss = gan.D_LOSSES[self.config.loss](real_logits, fake_logits)
+            loss = self.loss_D(real_logits, fake_logits)
             gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=second_order)
             weights = {name: w - rate * g for (name, w), rate, g in zip(weights.items(), rates, gradients)}
         if not second_order:

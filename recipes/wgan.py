@@ -40,6 +40,7 @@ class Config(gan.Config):
     beta2: float = gan.option(0.9, "Adam's second beta, in [0, 1)", gan.share)
     augment: str = gan.option("none", "none, or some of color,translation,cutout", gan.policy)
     r1: float = gan.option(0.0, "weight of the penalty on D's slope at real images", gan.not_negative)
+    center: bool = gan.option(False, "subtract the mean of all logits in the loss")
     gain: float = gan.option(1.0, "factor of the critic's output", gan.positive)
     batch_norm: bool = gan.option(False, "batch norm after each block of the critic")
     sigmoid: bool = gan.option(False, "a sigmoid as the critic's last layer")

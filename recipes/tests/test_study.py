@@ -216,6 +216,14 @@ def test_bad_input_ends_in_one_line(place, ended, monkeypatch, capsys, flags):
     assert line.count("\n") == 1
 
 
+def test_a_study_of_another_version_is_refused(place, ended, monkeypatch, capsys):
+    monkeypatch.setattr(study.gan, "__version__", "0.0")
+    monkeypatch.setattr(sys, "argv", command(place)[1:])
+    with pytest.raises(SystemExit):
+        study.main()
+    assert "a study with other version: give another --out" in capsys.readouterr().err
+
+
 # ---- The report of these runs
 def test_report_groups_runs_that_differ_in_the_seed(runs):
     variants, rows = report.group_runs(runs)
