@@ -246,8 +246,8 @@ class GAN:
             fake = self.draw(y)
             loss_D, real_logits, fake_logits = self.update_D(real, fake.detach(), y)
 
-        # G has not changed since it drew fake, so its first update takes these samples. Only rpgan's G reads the real
-        # logits, from D before its last update.
+        # G has not changed since it drew fake, so its first update takes these samples. rpgan's G and the mean of
+        # centred losses read the real logits, from D before its last update.
         loss_G = self.update_G(real, fake, y, real_logits)
         for _ in range(c.g_steps - 1):
             loss_G = self.update_G(real, self.draw(y), y, real_logits)
@@ -312,9 +312,9 @@ class GAN:
         return G_LOSSES[self.config.loss](real_logits - mean, fake_logits - mean)
 
     def mean_logit(self, real_logits, fake_logits):
-        """Averages both logits over all processes where config.center is set, and is 0 elsewhere.
+        """Returns the mean of all logits, over all processes, or 0 without config.center.
 
-        Adam shifts all logits together by more than it moves real from fake, and of a shift there is nothing to learn.
+        Adam shifts all logits together by more than it moves real from fake, and a shift teaches nothing.
         """
         if not self.config.center:
             return 0
@@ -1243,7 +1243,8 @@ def resolve(config):
     # Adam moves every weight by about the rate, so a sum over n channels moves by n times as much (arXiv 2203.03466).
     rate = 4e-4 * min(1, 128 / channel_widths(size, width, values["max_width"])[-1])
     defaults = {
-        "center": values["loss"] in ("ns", "minimax", "hinge"),  # a shift is nothing to rpgan and wgan
+        # A shift of all logits is nothing to rpgan and wgan, and lsgan has fixed targets.
+        "center": values["loss"] in ("ns", "minimax", "hinge"),
         "size": size,
         "width": width,
         "channels": 1 if data in GRAY else 3,

@@ -670,6 +670,16 @@ def test_update_g_returns_its_loss(loss):
     assert gap(loss_G, gan.G_LOSSES[loss](real_logits - mean, fake_logits - mean)) < 1e-6
 
 
+@pytest.mark.parametrize("loss", ["hinge", "minimax", "ns"])
+def test_loss_g_takes_the_mean_logit_for_a_constant(loss):
+    """The table of losses, of logits less a number."""
+    real, fake = torch.randn(2, 8, generator=seeded(1), dtype=torch.float64) + 5
+    fake.requires_grad_()
+    mean = torch.cat([real, fake]).mean().item()
+    expected = torch.autograd.grad(gan.G_LOSSES[loss](real - mean, fake - mean), fake)
+    assert gap(torch.autograd.grad(toy(loss=loss).loss_G(real, fake), fake)[0], expected[0]) < 1e-12
+
+
 SHIFTLESS = ["hinge", "minimax", "ns", "rpgan", "wgan"]
 
 

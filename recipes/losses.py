@@ -3,7 +3,7 @@
 
     python recipes/losses.py study --seeds 3 --extractor digits.pt2    # digits.pt2 is made by classifier.py
 
-Cross-entropy is gan.py's `minimax`: G minimises log(1 - D), which is flat where D is sure of its fakes. The
+Cross-entropy is gan.py's `minimax --no-center`: G minimises log(1 - D), which is flat where D is sure of its fakes. The
 non-saturating form, `ns`, minimises -log D instead, which is steepest there (both arXiv 1406.2661). MSE is `lsgan`
 (1611.04076). The networks are DCGAN's, whose D can win; spectral norm mostly keeps gan.py's own D from that on digits.
 All runs have as many steps of G, so five steps of D for each of G take about three times as long.

@@ -6,9 +6,9 @@
     python recipes/study.py --data FOLDER --seeds 3 --extractor net.pt2 --variants "hinge --cond" "rpgan --cond"
 
 A variant is a loss with flags of `gan.py train`; other flags go to every run. --out receives the runs, study.json
-and report.html. Run the same command again to continue a study that was stopped, or with more --seeds or other
---variants to extend it; finished runs and scores are kept. A finished run needs its checkpoint no more: its JSON
-files and grids suffice, so that a study can go on on another machine.
+and report.html. Run the same command again, by the same version of gan.py, to continue a study that was stopped, or
+with more --seeds or other --variants to extend it; finished runs and scores are kept. A finished run needs its
+checkpoint no more: its JSON files and grids suffice, so that a study can go on on another machine.
 
 The table in recipes/README.md: the 17-category flowers, 2,100 steps a run, 1,360 samples against the 1,360 training
 images by a MobileNetV2 with ImageNet weights. Hinge is better than ns by 11 ± 25. With classes, FD rises by 32 at a
@@ -330,6 +330,8 @@ def single_changes(configs):
     for a, b in itertools.combinations(configs, 2):
         theirs = asdict(configs[b])
         changed = [name for name, value in asdict(configs[a]).items() if value != theirs[name]]
+        if "loss" in changed:
+            changed = [name for name in changed if name != "center"]  # which follows from the loss
         if len(changed) == 1:
             found.setdefault((b, changed[0]), a)
     return sorted(((a, b, flag) for (b, flag), a in found.items()), key=lambda pair: list(configs).index(pair[1]))
@@ -456,7 +458,7 @@ def open_study(out, definition):
             known = json.loads(path.read_text())["definition"]
         changed = [name for name in definition if definition[name] != known.get(name)]
         if changed:
-            raise gan.UserError(f"{out} is a study with other {', '.join(changed)}: give another --out")
+            raise gan.UserError(f"{out} is a study with different {', '.join(changed)}: give another --out")
     elif any(not path.name.startswith(".") for path in out.iterdir()):
         raise gan.UserError(f"{out} is not empty and holds no study: give another --out")
     else:

@@ -121,7 +121,7 @@ def test_study_refuses_what_was_begun_otherwise(study, change, tmp_path, refusal
     table = run_study(study, tmp_path, "--steps", "1", "--variants", "ns, plain D")
     changed = replace(study, **change)
     said = refusal(changed.main, ["--out", str(tmp_path), "--steps", "1"])
-    assert f"is a study with other {', '.join(change)}: give another --out" in said
+    assert f"is a study with different {', '.join(change)}: give another --out" in said
     assert (tmp_path / "study.md").read_text() == table
 
 

@@ -188,8 +188,8 @@ def test_scores_of_another_step_images_or_network_do_not_count(place, runs, tmp_
 
 
 BAD = {
-    "--steps 17": "other flags",
-    "--trunc none": "other trunc",
+    "--steps 17": "different flags",
+    "--trunc none": "different trunc",
     "--variants ns ns": "same name",
     "--variants nonesuch": "invalid choice",
     "--seeds 1 2 3": "one for each",
@@ -221,7 +221,7 @@ def test_a_study_of_another_version_is_refused(place, ended, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", command(place)[1:])
     with pytest.raises(SystemExit):
         study.main()
-    assert "a study with other version: give another --out" in capsys.readouterr().err
+    assert "a study with different version: give another --out" in capsys.readouterr().err
 
 
 # ---- The report of these runs
@@ -326,13 +326,17 @@ def rows_of(variant, trunc, *scores):
 
 
 def test_answer_compares_variants_that_differ_in_one_flag():
-    configs = study.read_configs(["ns", "hinge", "hinge --cond", "ns --g-steps 2"], [], "synthetic")
+    configs = study.read_configs(["ns", "hinge", "hinge --cond", "ns --g-steps 2", "rpgan --cond"], [], "synthetic")
     rows = rows_of("ns", None, [20], [22], [24])
     rows += rows_of("hinge", None, [10], [12], [11])  # -10, -10, -13
     rows += rows_of("hinge --cond", None, [9], [14], [11])  # -1, 2, 0
     rows += rows_of("ns --g-steps 2", None, [21], [23], [25])
+    rows += rows_of("rpgan --cond", None, [7], [12], [9])
     assert dict(study.answer(configs, rows)) == {
-        "Which loss?": ["hinge against ns: FD is better by 11.0 ± 1.7 over 3 seeds."],
+        "Which loss?": [
+            "hinge against ns: FD is better by 11.0 ± 1.7 over 3 seeds.",
+            "rpgan --cond against hinge --cond: FD is better by 2.0 ± 0.0 over 3 seeds.",
+        ],
         "Do classes help?": ["hinge --cond against hinge: 3 seeds do not settle FD (0.3 ± 1.5 worse)."],
         "Does g_steps matter?": ["ns --g-steps 2 against ns: FD is worse by 1.0 ± 0.0 over 3 seeds."],
     }
