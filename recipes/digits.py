@@ -86,7 +86,7 @@ class Study:
 
     def config(self, title):
         flags = ["--steps", str(self.steps), *self.flags.split()]
-        return study.read_config(self.variants[title], flags, self.data, self.model)
+        return gan.resolve(study.read_config(self.variants[title], flags, self.data, self.model))
 
     def plan(self, title, seeds, steps, data_dir, threads, out):
         """Lists the jobs of a variant, one for each of so many seeds."""

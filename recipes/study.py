@@ -330,8 +330,6 @@ def single_changes(configs):
     for a, b in itertools.combinations(configs, 2):
         theirs = asdict(configs[b])
         changed = [name for name, value in asdict(configs[a]).items() if value != theirs[name]]
-        if "loss" in changed:
-            changed = [name for name in changed if name != "center"]  # which follows from the loss
         if len(changed) == 1:
             found.setdefault((b, changed[0]), a)
     return sorted(((a, b, flag) for (b, flag), a in found.items()), key=lambda pair: list(configs).index(pair[1]))
@@ -431,7 +429,7 @@ def run_name(variant):
 
 
 def read_configs(variants, flags, data):
-    """Checks the flags of all variants as gan.py train does: {variant: gan.Config}."""
+    """Checks the flags of all variants as gan.py train does: {variant: gan.Config}, with None for what follows."""
     configs = {variant: read_config(variant, flags, data) for variant in variants}
     if len(set(map(run_name, configs))) < len(variants):
         raise gan.UserError("two --variants have the same name")
@@ -444,7 +442,9 @@ def read_config(variant, flags, data, model=gan.GAN):
         if args.get(name) is not None:
             raise gan.UserError(f"--{name} is for the study to give, not for {variant!r} or every run")
     given = {f.name: args[f.name] for f in fields(model.Config) if f.name in args}
-    return gan.resolve(model.Config(**given | {"data": data}))
+    config = model.Config(**given | {"data": data})
+    gan.resolve(config)  # which checks it
+    return config
 
 
 def open_study(out, definition):

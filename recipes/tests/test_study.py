@@ -326,12 +326,14 @@ def rows_of(variant, trunc, *scores):
 
 
 def test_answer_compares_variants_that_differ_in_one_flag():
-    configs = study.read_configs(["ns", "hinge", "hinge --cond", "ns --g-steps 2", "rpgan --cond"], [], "synthetic")
+    variants = ["ns", "hinge", "hinge --cond", "ns --g-steps 2", "rpgan --cond", "ns --width 32"]
+    configs = study.read_configs(variants, [], "synthetic")
     rows = rows_of("ns", None, [20], [22], [24])
     rows += rows_of("hinge", None, [10], [12], [11])  # -10, -10, -13
     rows += rows_of("hinge --cond", None, [9], [14], [11])  # -1, 2, 0
     rows += rows_of("ns --g-steps 2", None, [21], [23], [25])
     rows += rows_of("rpgan --cond", None, [7], [12], [9])
+    rows += rows_of("ns --width 32", None, [19], [21], [23])  # whose default learning rates are lower
     assert dict(study.answer(configs, rows)) == {
         "Which loss?": [
             "hinge against ns: FD is better by 11.0 ± 1.7 over 3 seeds.",
@@ -339,6 +341,7 @@ def test_answer_compares_variants_that_differ_in_one_flag():
         ],
         "Do classes help?": ["hinge --cond against hinge: 3 seeds do not settle FD (0.3 ± 1.5 worse)."],
         "Does g_steps matter?": ["ns --g-steps 2 against ns: FD is worse by 1.0 ± 0.0 over 3 seeds."],
+        "Does width matter?": ["ns --width 32 against ns: FD is better by 1.0 ± 0.0 over 3 seeds."],
     }
 
 
