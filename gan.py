@@ -325,7 +325,8 @@ class GAN:
         """Takes one step of the optimizer down the gradient of the loss."""
         optimizer.zero_grad()  # an override's step may have left gradients
         self.scaler.scale(loss).backward()
-        average_over_ranks([p.grad for group in optimizer.param_groups for p in group["params"]])
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        average_over_ranks([p.grad for p in trained])
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad()  # now, so that gradients take no memory in the other network's step
@@ -687,7 +688,7 @@ def tile(images, columns=10):
 
 
 # ---- Files and messages
-SHEET = "gan.py, a sheet"  # the text in a PNG that shows samples and is no image to learn from
+SHEET = "gan.py, a sheet"  # the text in a PNG that shows samples and should not be learned from
 
 
 class UserError(ValueError):
@@ -707,7 +708,7 @@ def atomic_write(path):
         os.replace(part, path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno:
             error.filename = str(path)  # a full disk does not say which file
         raise
 
@@ -720,6 +721,8 @@ def reading(path, what):
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # readers of damaged files raise errors of all kinds
+        if "allocate memory" in str(error):  # what torch says of the CPU's
+            raise
         raise UserError(f"{path} is not a readable {what}: {cause(error)}") from error
 
 
@@ -832,8 +835,8 @@ class Progress:
 class Cores:
     """Leaves cores to other programs: threads that share one spend far more time in waiting than in work.
 
-    `adapt`, called between pieces of work, drops as many of torch's threads as cores that they waited for, and adds one
-    once a core has been free for a while. Only Linux says how long threads wait; elsewhere this does nothing.
+    `adapt`, called between pieces of work, drops one of torch's threads for each core they waited for, and adds one
+    when a core has been free for a while. Only Linux says how long threads wait; elsewhere this does nothing.
     """
 
     def __init__(self):
@@ -867,7 +870,7 @@ class Cores:
     def use(self, threads):
         torch.set_num_threads(threads)
         self.free = 0
-        put(f"{threads} of {self.most} threads, as other programs leave\n", sys.stderr)
+        put(f"using {threads} of {self.most} threads, by the load of other programs\n", sys.stderr)
 
 
 def seconds_waited():
@@ -890,7 +893,7 @@ CORES = Cores()
 
 # ---- Data
 SIZES = (16, 32, 64, 128, 256, 512)  # what the networks can draw
-GRAY = ("mnist", "fashion", "usps")  # one channel, and not to be mirrored: digits would change
+GRAY = ("mnist", "fashion", "usps")  # one channel, and not mirrored unless asked for
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "usps": "USPS", "cifar10": "CIFAR10"}
 DATASETS = ("synthetic", "flowers17", *TORCHVISION)
 FLOWERS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz"
@@ -985,7 +988,7 @@ def classes_of(files):
 
 
 def decode_cached(folder, files, size, channels):
-    """Returns what `decode` does, from the cache where it is there and of this form."""
+    """Returns what `decode` does, from the cache if it holds that."""
     facts = [DECODER, size, channels, folder]
     for file in files:
         stat = (folder / file).stat()
@@ -1062,7 +1065,7 @@ def natural(name):
 def list_files(folder):
     """Lists the visible files below a folder, relative to it, and apart from them the folders of gan.py's runs.
 
-    Follows links, but enters each real folder once, and no run's: its pictures are no data.
+    Follows links, but enters each real folder once, and no run's: its pictures are not data.
     """
     files = []
     runs = []
@@ -1086,7 +1089,7 @@ def read_image(path, least=None):
     """Reads the first page of an image file: (uint8 [1 or 3,H,W], the number of its pages).
 
     EXIF rotation is applied, transparency put on white, 16 bits scaled to 8. A JPEG is decoded at a reduced scale where
-    its sides keep `least` pixels. Raises ValueError for bytes that are no such image; errors of the disk pass through.
+    its sides keep `least` pixels. Raises ValueError for bytes of another kind; errors of the disk pass through.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:  # reads only the head, as a file of another kind may be large
@@ -1187,7 +1190,7 @@ def layer_size(value):
 class Config:
     """Holds all hyper-parameters of a run. None stands for the default in parentheses.
 
-    `resolve` fills in those that depend on the data, `planned_steps` the length, `new_folder` the name.
+    `planned_steps` fills in the length, `new_folder` the name, and `resolve` all others.
     """
 
     loss: str = option("rpgan", "adversarial loss", D_LOSSES)
@@ -1197,7 +1200,7 @@ class Config:
     data_dir: str = option("data", "where the named data sets lie or are downloaded to")
     size: int | None = option(None, "height and width in pixels (64; synthetic 32)", SIZES)
     channels: int | None = option(None, "1 for gray, 3 for colour (1 for mnist, fashion and usps, else 3)", (1, 3))
-    flip: bool | None = option(None, "mirror half of the images at random (on, but off for digits)")
+    flip: bool | None = option(None, "mirror half of the images at random (on, but off for mnist, fashion and usps)")
     augment: str = option("color,translation,cutout", "none, or some of color,translation,cutout", policy)
     width: int | None = option(None, "channels at full resolution (size / 2)", layer_size)
     max_width: int = option(512, "most channels of any layer", layer_size)
@@ -1231,13 +1234,13 @@ LOCAL = ("data", "data_dir", "device", "runs", "name")
 
 
 def resolve(config):
-    """Copies config, with its values checked and the defaults that depend on the data filled in."""
+    """Copies config, with its values checked and most of its defaults filled in."""
     values = {f.name: checked(f, getattr(config, f.name)) for f in fields(config)}
     data = values["data"]
     if data not in DATASETS:
         values["data"] = str(at_home(data).absolute())
-    for name in ("data_dir", "runs"):
-        values[name] = str(at_home(values[name]))
+    values["data_dir"] = str(at_home(values["data_dir"]).absolute())
+    values["runs"] = str(at_home(values["runs"]))
     size = values["size"] or (32 if data == "synthetic" else 64)
     width = values["width"] or size // 2
     # Adam moves every weight by about the rate, so a sum over n channels moves by n times as much (arXiv 2203.03466).
@@ -1257,7 +1260,7 @@ def resolve(config):
 
 
 def check_resumable(config, before):
-    """Refuses a config that differs from that of before the break in what must not change."""
+    """Refuses a config that changes what must stay the same on resume."""
     may_change = RESUMABLE + LOCAL
     for name, value in asdict(config).items():
         if value != getattr(before, name) and name not in may_change:
@@ -1308,7 +1311,7 @@ def find_run(name=None, runs="runs"):
             raise UserError(f"no runs in {runs}: train one, or see --runs")
         return max(found, key=os.path.getmtime).parent
     for path in (at_home(name), runs / name):
-        if path.is_file() or (path / "checkpoint.pt").is_file():
+        if checkpoint_of(path).is_file():
             return path
     raise UserError(f"no run {name!r}, neither here nor in {runs}; see --runs")
 
@@ -1384,7 +1387,7 @@ def cut_log(path, steps):
     if path.exists() and len(rows) < len(path.read_bytes().splitlines()):
         odd = path.with_name(f"log-odd-{time.time_ns()}.jsonl")
         shutil.copyfile(path, odd)
-        say(f"{path} has lines that are no rows: {odd} keeps them")
+        say(f"{path} has lines that are not rows: {odd} keeps them")
     write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= steps))
 
 
@@ -1483,10 +1486,12 @@ def millions(net):
 
 
 def check_name(config):
-    """Refuses the name of a run that exists."""
+    """Refuses the name of a run that exists, or of a folder of anything else."""
     folder = Path(config.runs, config.name)
     if (folder / "checkpoint.pt").exists():
         raise UserError(f"{folder} exists: choose another --name, or --resume it")
+    if folder.exists() and not (folder / ".lock").exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not the folder of a run: choose another --name")
 
 
 def check_batches(config, images, classes):
@@ -1504,9 +1509,9 @@ def check_processes(gan):
     if n_ranks() > 1:
         shared = replace(gan.config, **dict.fromkeys(LOCAL))
         facts = [None for _ in range(n_ranks())]
-        dist.all_gather_object(facts, repr((shared, gan.images, gan.steps)))
+        dist.all_gather_object(facts, repr((shared, gan.images, gan.steps, gan.device.type, gan.autocast.fast_dtype)))
         if len(set(facts)) > 1:
-            raise UserError("the processes differ; all hosts need the same flags, images and checkpoint")
+            raise UserError("the processes differ; all hosts need the same flags, images, checkpoint and devices")
 
 
 def train(config, resume=None, model=GAN):
@@ -1579,7 +1584,7 @@ def log(gan, run, losses):
 
 
 def save(gan, run, draws):
-    """Draws samples if it is time, then writes the checkpoint; returns whether the run shall end, in all processes."""
+    """Draws samples if it is time, then writes the checkpoint; tells all processes alike whether the run should end."""
     ended = False
     if rank() == 0:
         if draws:
@@ -1889,7 +1894,8 @@ def make_parser(model):
     p.add_argument("--n", type=lambda n: whole_number(n, 2, 10**7), help="samples (as many as images)")
     p.add_argument("--trunc", type=truncation, nargs="+", default=[None], help="bounds of |z|, or none (none)")
     p.add_argument("--data", help="where the training images lie now (where they lay at training)")
-    p.add_argument("--extractor", default="inception", help="inception, a weights file or a .pt2 program (inception)")
+    extractor = {"default": "inception", "type": os.path.expanduser}
+    p.add_argument("--extractor", **extractor, help="inception, a weights file or a .pt2 program (inception)")
 
     p = commands.add_parser("sample", help="write samples of a run", parents=[common], allow_abbrev=False)
     p.add_argument("--n", type=lambda n: whole_number(n, 1, 10**7), help="samples (10 per class, or 80), or walks (8)")

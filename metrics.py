@@ -238,8 +238,8 @@ def laplacian_pyramid(x):
     return bands + [x]
 
 
-def slice_distance(a, b, generator, directions=512, at_once=128):
-    """Measures 1000 times the mean optimal-transport distance of normalised patches along random directions.
+def slice_distance(a, b, generator):
+    """Measures 1000 times the mean optimal-transport distance of normalised patches along 512 random directions.
 
     a, b: patches [P,C,h,w], [Q,C,h,w], of which as many are drawn as the smaller set has.
     """
@@ -247,8 +247,8 @@ def slice_distance(a, b, generator, directions=512, at_once=128):
     a = normalised(a[torch.randperm(len(a), generator=generator)[:n]])
     b = normalised(b[torch.randperm(len(b), generator=generator)[:n]])
     distances = []
-    for _ in range(directions // at_once):
-        lines = F.normalize(torch.randn(a[0].numel(), at_once, generator=generator), dim=0)
+    for _ in range(4):  # times 128 directions, which bounds the memory
+        lines = F.normalize(torch.randn(a[0].numel(), 128, generator=generator), dim=0)
         distances.append(np.abs(sorted_along(lines, a) - sorted_along(lines, b)).mean(dtype=np.float64))
     return 1000 * float(np.mean(distances))
 
@@ -724,13 +724,13 @@ def stretch_rows(x, size=299):
 # gan.py and metrics.py each work alone when copied. From here to Cores, both hold the same text.
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # for some others Pillow starts a program
-SHEET = "gan.py, a sheet"  # the text in a PNG that shows samples and is no image to learn from
+SHEET = "gan.py, a sheet"  # the text in a PNG that shows samples and should not be learned from
 
 
 def list_files(folder):
     """Lists the visible files below a folder, relative to it, and apart from them the folders of gan.py's runs.
 
-    Follows links, but enters each real folder once, and no run's: its pictures are no data.
+    Follows links, but enters each real folder once, and no run's: its pictures are not data.
     """
     files = []
     runs = []
@@ -754,7 +754,7 @@ def read_image(path, least=None):
     """Reads the first page of an image file: (uint8 [1 or 3,H,W], the number of its pages).
 
     EXIF rotation is applied, transparency put on white, 16 bits scaled to 8. A JPEG is decoded at a reduced scale where
-    its sides keep `least` pixels. Raises ValueError for bytes that are no such image; errors of the disk pass through.
+    its sides keep `least` pixels. Raises ValueError for bytes of another kind; errors of the disk pass through.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:  # reads only the head, as a file of another kind may be large
@@ -804,7 +804,7 @@ def atomic_write(path):
         os.replace(part, path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno:
             error.filename = str(path)  # a full disk does not say which file
         raise
 
@@ -817,6 +817,8 @@ def reading(path, what):
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # readers of damaged files raise errors of all kinds
+        if "allocate memory" in str(error):  # what torch says of the CPU's
+            raise
         raise UserError(f"{path} is not a readable {what}: {cause(error)}") from error
 
 
@@ -871,8 +873,8 @@ class Progress:
 class Cores:
     """Leaves cores to other programs: threads that share one spend far more time in waiting than in work.
 
-    `adapt`, called between pieces of work, drops as many of torch's threads as cores that they waited for, and adds one
-    once a core has been free for a while. Only Linux says how long threads wait; elsewhere this does nothing.
+    `adapt`, called between pieces of work, drops one of torch's threads for each core they waited for, and adds one
+    when a core has been free for a while. Only Linux says how long threads wait; elsewhere this does nothing.
     """
 
     def __init__(self):
@@ -906,7 +908,7 @@ class Cores:
     def use(self, threads):
         torch.set_num_threads(threads)
         self.free = 0
-        put(f"{threads} of {self.most} threads, as other programs leave\n", sys.stderr)
+        put(f"using {threads} of {self.most} threads, by the load of other programs\n", sys.stderr)
 
 
 def seconds_waited():
@@ -1045,7 +1047,7 @@ def score_names(text):
     for name in names:
         if name not in SCORES:
             raise argparse.ArgumentTypeError(f"no score {name!r}: choose among {','.join(SCORES)}")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def usable_device(name):
@@ -1068,14 +1070,16 @@ def run(args):
     if "swd" in args.metrics:
         swd["SWD"] = sliced_wasserstein(**sets)  # before the long work, since it refuses images of mixed sizes
     summaries = {}
-    if args.out or args.metrics != ["swd"]:
+    if args.metrics != ["swd"]:
         summaries = summarize(args, paths, sets)
+    elif args.out:
+        summaries = summarize(args, paths, {"real": sets["real"]})
     if args.out:
         summaries["real"].stats.save(args.out)
 
     scores = {}
     lines = []
-    if args.fake and summaries:
+    if "fake" in summaries:
         scores, lines = compare_sides(args.metrics, **summaries)
     for images in sets.values():
         if isinstance(images, Folder):
@@ -1184,7 +1188,9 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         return 130
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if isinstance(error, RuntimeError) and not re.search("memory|new thread", str(error)):
+            raise
         print(f"metrics.py: error: {printable(str(error) or 'out of memory'):.300}", file=sys.stderr)
         return 2
 
