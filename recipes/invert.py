@@ -7,11 +7,9 @@
 The method is that of arXiv 1607.07539. All starts of all pictures descend in one batch; each picture keeps its best. A
 single start is shown beside the best of them, and a straight line between two z beside the arc.
 
-The table in recipes/README.md: "fitted as it is" fits the masked picture, hidden pixels black, with the same starts,
-steps and prior. A second draw (--seed 1 --n 50) gives 24.6, 24.7 and 13.6 dB for pepper, rows and square, with a
-ceiling of 26.4. In both draws ours is 5.4 dB or more above the better of the two others, and the draws differ by 1.5 dB
-at most. One G, so its own spread is unknown. 7 minutes of one core of an AMD EPYC with bfloat16, beside other work,
-torch 2.14.1.
+The table in recipes/README.md: "fitted, hidden pixels as black" fits the masked picture with the same starts, steps and
+prior. One G and one draw of pictures and masks, so the spread of the figures is unknown. Six minutes of one core of an
+Intel Xeon with bfloat16, beside other work, torch 2.14.1.
 Takes `load_test_set` from classifier.py, `check_reader` from digits.py and `run_command` from report.py.
 """
 
