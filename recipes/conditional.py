@@ -10,13 +10,12 @@ was due, so G has to match p(x|y) for each y, no longer only their mixture p(x).
 
 The commonest digit of a class tells whether G keeps the classes apart under wrong names: its share would be high where
 that of the right digit is not. It is low, and in the grids of the plain D z decides the digit. D's loss does not show
-the mistake: in all runs it settles between 1.37 and 1.38, just below 2 log 2 = 1.386, the loss of a D that cannot tell
-real from fake. The plain D's share of right digits lies a little above chance (10%) in all six runs. A likely cause,
-not tested: the samples of a step have the labels of its real batch, and D has just learned from that batch's digits.
+the mistake: in all runs it settles between 1.379 and 1.386, just below 2 log 2, the loss of a D that cannot tell real
+from fake. The plain D's share of right digits is chance (10%) in all six runs.
 
 The table in recipes/README.md: MNIST at 16 px, 1,000 steps, three seeds. 10,000 samples of each run, as many of each
-class, are enlarged to 32 px for the classifier, and as many real images alike. The twelve runs and their scores took 16
-minutes of one core of an Intel Xeon with bfloat16, torch 2.14.1.
+class, are enlarged to 32 px for the classifier, and as many real images alike. The twelve runs and their scores took 18
+minutes of one core of an Intel Xeon with bfloat16, beside another training, torch 2.14.1.
 Takes `Study` from digits.py and `read_log` from report.py.
 """
 
