@@ -718,12 +718,15 @@ def reading(path, what):
     """Turns a failure to make sense of a file into one UserError: that it is not a readable `what`, and why."""
     try:
         yield
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # readers of damaged files raise errors of all kinds
-        if "allocate memory" in str(error):  # what torch says of the CPU's
+        if isinstance(error, ImportError) or lacks_memory(error):
             raise
         raise UserError(f"{path} is not a readable {what}: {cause(error)}") from error
+
+
+def lacks_memory(error):
+    """Tells whether an error reports a lack of memory; of the CPU's, torch says so only in words."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def cause(error):
@@ -1894,8 +1897,12 @@ def make_parser(model):
     p.add_argument("--n", type=lambda n: whole_number(n, 2, 10**7), help="samples (as many as images)")
     p.add_argument("--trunc", type=truncation, nargs="+", default=[None], help="bounds of |z|, or none (none)")
     p.add_argument("--data", help="where the training images lie now (where they lay at training)")
-    extractor = {"default": "inception", "type": os.path.expanduser}
-    p.add_argument("--extractor", **extractor, help="inception, a weights file or a .pt2 program (inception)")
+    p.add_argument(
+        "--extractor",
+        type=os.path.expanduser,
+        default="inception",
+        help="inception, a weights file or a .pt2 program (inception)",
+    )
 
     p = commands.add_parser("sample", help="write samples of a run", parents=[common], allow_abbrev=False)
     p.add_argument("--n", type=lambda n: whole_number(n, 1, 10**7), help="samples (10 per class, or 80), or walks (8)")
@@ -1953,7 +1960,7 @@ def explain(error):
     """Returns the line that reports an error of the user's or of the machine; None for a fault of this program."""
     message = str(error).replace("\n", " ")
     kinds = [kind.__name__ for kind in type(error).__mro__]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in message:
+    if lacks_memory(error):
         return "out of memory; try a smaller --batch, --width, --size or --n"
     if "start new thread" in message:
         return "the system allows no more threads; set OMP_NUM_THREADS=1, or end other programs"

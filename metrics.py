@@ -814,12 +814,15 @@ def reading(path, what):
     """Turns a failure to make sense of a file into one UserError: that it is not a readable `what`, and why."""
     try:
         yield
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # readers of damaged files raise errors of all kinds
-        if "allocate memory" in str(error):  # what torch says of the CPU's
+        if isinstance(error, ImportError) or lacks_memory(error):
             raise
         raise UserError(f"{path} is not a readable {what}: {cause(error)}") from error
+
+
+def lacks_memory(error):
+    """Tells whether an error reports a lack of memory; of the CPU's, torch says so only in words."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def cause(error):
@@ -1188,8 +1191,8 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         return 130
-    except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if isinstance(error, RuntimeError) and not re.search("memory|new thread", str(error)):
+    except Exception as error:
+        if not (isinstance(error, (UserError, OSError)) or lacks_memory(error) or "start new thread" in str(error)):
             raise
         print(f"metrics.py: error: {printable(str(error) or 'out of memory'):.300}", file=sys.stderr)
         return 2

@@ -4797,8 +4797,8 @@ def test_run_of_swd_needs_no_network(sets, folder, tmp_path, capsys):
 def test_run_of_swd_measures_only_what_it_saves(score, sets, folder, tmp_path, monkeypatch):
     """By hand: --out keeps the statistics of REAL; SWD takes no others."""
     measured = []
-    monkeypatch.setattr(metrics, "measure", lambda network, images, progress: measured.append(images) or sets_stats)
-    sets_stats = metrics.Summary(metrics.FeatureStats.from_features(normal(9, 3, 0)))
+    summary = metrics.Summary(metrics.FeatureStats.from_features(normal(9, 3, 0)))
+    monkeypatch.setattr(metrics, "measure", lambda network, images, progress: measured.append(images) or summary)
     result = score(folder, tmp_path / "hwc.npy", "--metrics", "swd,swd", "--out", tmp_path / "real.npz")
     assert list(result["scores"]) == ["SWD"]
     assert len(measured) == 1
