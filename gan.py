@@ -194,8 +194,8 @@ G_LOSSES = {
 class GAN:
     """Both networks, the averaged generator, the optimizers, and the step that trains them.
 
-    For another GAN, override `networks`, `update_D`, `update_G` or `train_step`. `networks` returns G and D, called as
-    G(z, y) and D(x, y); G has z_dim and num_classes. The fields of the attribute `Config` become flags.
+    For another GAN, override `networks`, `loss_D`, `loss_G`, `update_D`, `update_G` or `train_step`. `networks` returns
+    G and D, called as G(z, y) and D(x, y); G has z_dim and num_classes. The fields of the attribute `Config` are flags.
     main(model=YourGAN) runs it.
     """
 
@@ -350,8 +350,9 @@ class GAN:
         content = {name: getattr(self, name).state_dict() for name in self.PARTS}
         if not all(t.isfinite().all() for t in tree_leaves(content) if torch.is_tensor(t)):
             raise UserError(f"the state at step {self.steps} is not finite: try lower --lr-G and --lr-D, or --amp off")
-        content |= {"format": FORMAT, "version": __version__, "config": asdict(self.config)}
-        content |= {"steps": self.steps, "classes": self.classes, "images": self.images}
+        content |= {"format": FORMAT, "version": __version__, "model": type(self).__name__}
+        content |= {"config": asdict(self.config), "steps": self.steps}
+        content |= {"classes": self.classes, "images": self.images}
         buffer = io.BytesIO()  # torch.save straight into a file would hide that the disk is full
         torch.save(content, buffer)
         with atomic_write(path) as file:
@@ -376,6 +377,10 @@ class GAN:
             for p, state in [*self.opt_G.state.items(), *self.opt_D.state.items()]:
                 if any(t.shape not in (p.shape, ()) for t in state.values() if torch.is_tensor(t)):
                     raise UserError("the optimizers fit other networks")
+        model = type(self).__name__
+        before = content.get("model", model)
+        if before != model:  # which may have had another loss or step
+            say(f"{path} is of {before}, and goes on as {model}")
         self.steps = content["steps"]
         self.opt_G.param_groups[0]["lr"] = self.config.lr_G  # loading restored the old ones
         self.opt_D.param_groups[0]["lr"] = self.config.lr_D
@@ -585,7 +590,7 @@ def class_index(G, which):
         return names.index(which)
     by_number = not isinstance(which, str) or (which.isdecimal() and not any(name.isdecimal() for name in names))
     if not by_number or not 0 <= int(which) < G.num_classes:
-        known = ", ".join(names) or f"{G.num_classes} classes"
+        known = ", ".join(names) or f"{G.num_classes or 'no'} classes"
         raise UserError(f"no class {which}: the generator has {known}")
     return int(which)
 
@@ -1286,7 +1291,10 @@ def checked(field, value):
         same = kind is str or converted == value
         if same and (valid is None or (valid(converted) if callable(valid) else converted in valid)):
             return converted
-    raise UserError(f"{field.name} cannot be {value!r}: {field.metadata.get('help', kind.__name__)}")
+    meaning = field.metadata.get("help", kind.__name__)
+    if valid and not callable(valid):
+        meaning += f"; one of {', '.join(map(str, valid))}"
+    raise UserError(f"{field.name} cannot be {value!r}: {meaning}")
 
 
 # ---- Runs: a folder with config.json, checkpoint.pt, log.jsonl, real.png and samples/
@@ -1316,6 +1324,8 @@ def find_run(name=None, runs="runs"):
     for path in (at_home(name), runs / name):
         if checkpoint_of(path).is_file():
             return path
+        if (path / "config.json").exists():
+            raise UserError(f"{path} has no checkpoint: train it again, with --name {path.name}")
     raise UserError(f"no run {name!r}, neither here nor in {runs}; see --runs")
 
 
@@ -1404,7 +1414,7 @@ def new_folder(config):
         folder.mkdir(exist_ok=True)  # a run that was killed before its first checkpoint leaves its name
         return folder
 
-    data = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.data).name)[:50]
+    data = re.sub(r"[^\w.-]+", "-", Path(config.data).name)[:50]
     what = f"{config.loss}{'-cond' if config.cond else ''}-{data}-{config.size}"
     for number in itertools.count():
         folder = runs / f"{number:04d}-{what}"

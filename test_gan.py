@@ -2233,6 +2233,14 @@ def test_find_run_takes_whole_names_alone(two_runs, name):
         gan.find_run(name, two_runs)
 
 
+def test_find_run_says_that_a_run_has_no_checkpoint(tmp_path):
+    """By hand: a run that was killed before its first."""
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "config.json").touch()
+    with pytest.raises(gan.UserError, match="killed has no checkpoint"):
+        gan.find_run("killed", tmp_path)
+
+
 def test_find_run_says_that_there_are_none(tmp_path):
     """The definition."""
     with pytest.raises(gan.UserError, match="train one"):
@@ -2468,6 +2476,12 @@ def test_new_folder_goes_past_four_digits(tmp_path):
 def test_new_folder_shortens_long_names(tmp_path):
     """By hand."""
     assert len(gan.new_folder(gan.Config(runs=str(tmp_path), data="/" + "x" * 250)).name) < 80
+
+
+def test_new_folder_keeps_the_letters_of_other_languages(tmp_path):
+    """By hand."""
+    config = gan.Config(loss="ns", size=16, runs=str(tmp_path), data="/My Flöwers\udcff花")
+    assert gan.new_folder(config).name == "0000-ns-My-Flöwers-花-16"
 
 
 def test_new_folder_takes_the_name_of_a_run_without_a_checkpoint(tmp_path):
@@ -3659,6 +3673,24 @@ def test_main_of_a_subclass_has_flags_for_plain_fields(mine, capsys):
         gan.resolve(MyConfig(push="x"))
 
 
+def test_resolve_names_the_choices():
+    """The definition."""
+    with pytest.raises(gan.UserError, match="amp cannot be 'x': .*; one of auto, bf16, fp16, off"):
+        gan.resolve(gan.Config(amp="x"))
+
+
+class Other(Mine):
+    """Has the networks and options of Mine, but could have any step."""
+
+
+def test_train_says_that_another_program_goes_on(mine, capsys):
+    """The definition: a checkpoint does not hold the step."""
+    gan.main(["train", "--resume", str(mine), "--steps", "4"], Mine)
+    assert "goes on as" not in capsys.readouterr().out
+    gan.main(["train", "--resume", str(mine), "--steps", "5"], Other)
+    assert "is of Mine, and goes on as Other" in capsys.readouterr().out
+
+
 def test_train_resume_checks_the_flags_before_it_reads_the_images(mine, capsys):
     """The definition: of two mistakes it names the one that needs no images."""
     said = fails(capsys, "train", "--resume", mine, "--batch", "3", "--data", "nowhere", model=Mine)
@@ -3681,7 +3713,7 @@ def test_prepare_refuses_a_taken_name_before_it_reads_the_images(mine, tmp_path,
 def test_class_index_of_a_generator_without_classes(mine):
     """The definition."""
     G, _ = gan.load_generator(mine, model=Mine)
-    with pytest.raises(gan.UserError, match="no class rose: the generator has 0 classes"):
+    with pytest.raises(gan.UserError, match="no class rose: the generator has no classes"):
         gan.choose_classes(G, 1, ["rose"])
 
 

@@ -158,7 +158,7 @@ def entropy(logits):
 def draw_strips(model, runs):
     """Draws a strip of samples of each variant of {title: runs}, beside its losses of D; returns the figure."""
     strips = {title: draw_strip(model, folders) for title, folders in runs.items()}
-    heights = [0.5 + 9 * strip.shape[1] / strip.shape[2] for strip in strips.values()]  # inches
+    heights = [0.4 + 7.3 * strip.shape[1] / strip.shape[2] for strip in strips.values()]  # inches
     figure = Figure((12, sum(heights)), layout="constrained")
     panels = figure.subplots(len(runs), 2, squeeze=False, width_ratios=(5, 2), height_ratios=heights)
     for (pictures, curves), (title, folders) in zip(panels, runs.items()):
