@@ -9,8 +9,7 @@ is a one-hot vector beside z and one-hot planes beside the image. --size can be 
 
 The table in recipes/README.md: MNIST at 32 px, a base of ngf = ndf = 16, nz = 100 and learning rates of 2e-4, 600 steps
 (0.64 epochs), three seeds. FD(digits) is of 5,000 samples against the 60,000 images; the entropy of ten digits is at
-most log2(10) = 3.32 bits. All 30 runs took 19 minutes of one core of an Intel Xeon with bfloat16, torch 2.14.1. An
-earlier form of the command made the table and the picture; it drew classes at random, where it now draws each in turn.
+most log2(10) = 3.32 bits. All 30 runs took 24 minutes of one core of an Intel Xeon beside another training.
 
 With ndf = 64 D's loss stays near 0. The entropy of 0 is no collapse: the shapes differ, on a gray ground, and the
 classifier reads all of them as one digit. Three seeds settle neither the effect of nz nor that of torch's first

@@ -8,7 +8,7 @@
 G then gains nothing by moving all samples to where the present D is wrong, and keeps all modes. On digits the study has
 small perceptrons under the minimax loss and gan.py's networks under ns, each with k = 0 and k = 4.
 
-The ring: 4,000 steps, five seeds; the 20 runs took 9.6 minutes of one core of an Intel Xeon, torch 2.14.1. D must learn
+The ring: 4,000 steps, five seeds; the 20 runs took 13 minutes of one core of an Intel Xeon beside another training. D must learn
 more slowly than G, or there is nothing to mend: with 5e-4 for D (`lr_D` of `PLAIN`), k = 0 found 7, 5, 1, 0 and 5 modes
 after 3,000 steps. With k = 0, G begins to spread over the circle only at the end.
 
