@@ -8,9 +8,9 @@
 G then gains nothing by moving all samples to where the present D is wrong, and keeps all modes. On digits the study has
 small perceptrons under the minimax loss and gan.py's networks under ns, each with k = 0 and k = 4.
 
-The ring: 4,000 steps, five seeds; the 20 runs took 13 minutes of one core of an Intel Xeon beside another training. D must learn
-more slowly than G, or there is nothing to mend: with 5e-4 for D (`lr_D` of `PLAIN`), k = 0 found 7, 5, 1, 0 and 5 modes
-after 3,000 steps. With k = 0, G begins to spread over the circle only at the end.
+The ring: 4,000 steps, five seeds; the 20 runs took 13 minutes of one core of an Intel Xeon beside another training. D
+must learn more slowly than G, or there is nothing to mend: with 5e-4 for D (`lr_D` of `PLAIN`), k = 0 found 7, 5, 1, 0
+and 5 modes after 3,000 steps. With k = 0, G begins to spread over the circle only at the end.
 
 Perceptrons on MNIST at 16 px: 2,000 steps, three seeds; the six runs took 1.9 minutes of one core of an AMD EPYC, torch
 2.14.1. FD(digits) is 847.7 ± 81.6 with k = 0 and 279.3 ± 34.6 with k = 4, the entropy of the digits 0.02 ± 0.02 and
