@@ -10,8 +10,8 @@ follows a critic nobody trained.
 
 The critic's loss is linear, so its gradient stays as large when it is right. A sigmoid ends that, and reaches what ns
 reaches. Augmentation harms (FD 102.2). Equal learning rates (81.2 at 0.0002, 75.7 at 0.002), two critic steps (75.3),
-two power iterations (68.5), a beta2 of 0.99 (68.4) and a factor of 100 on the output (70.5) change FD by no more than
-another seed does. What a WGAN needs is time: 2,800 steps at batch 256 reach 5.2.
+two power iterations (68.5), a beta2 of 0.99 (68.4) and a factor of 100 on the output (70.5) lie within twice the
+deviation of seeds. What a WGAN needs is time: 2,800 steps at batch 256 reach 5.2.
 
 The table in recipes/README.md: USPS at 16 px, 1,200 steps, one step of the critic for one of G, no augmentation; the
 learning rates are 0.0016 for G and 0.0002 for the critic, beta2 is 0.9. The classifier reads 5,000 samples of each run.
