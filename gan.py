@@ -1324,8 +1324,8 @@ def find_run(name=None, runs="runs"):
     for path in (at_home(name), runs / name):
         if checkpoint_of(path).is_file():
             return path
-        if (path / "config.json").exists():
-            raise UserError(f"{path} has no checkpoint: train it again, with --name {path.name}")
+    if (runs / name / "config.json").exists():
+        raise UserError(f"{runs / name} has no checkpoint: train it again")
     raise UserError(f"no run {name!r}, neither here nor in {runs}; see --runs")
 
 

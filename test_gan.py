@@ -2241,6 +2241,14 @@ def test_find_run_says_that_a_run_has_no_checkpoint(tmp_path):
         gan.find_run("killed", tmp_path)
 
 
+def test_find_run_passes_by_a_folder_of_something_else(two_runs, tmp_path, monkeypatch):
+    """By hand: other programs write a config.json too."""
+    (tmp_path / "here" / "second").mkdir(parents=True)
+    (tmp_path / "here" / "second" / "config.json").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    assert gan.find_run("second", two_runs) == two_runs / "second"
+
+
 def test_find_run_says_that_there_are_none(tmp_path):
     """The definition."""
     with pytest.raises(gan.UserError, match="train one"):

@@ -15,11 +15,11 @@ and 5 modes after 3,000 steps. With k = 0, G begins to spread over the circle on
 Digits: MNIST at 16 px, three seeds; the twelve runs took 27 minutes of one core of an Intel Xeon beside other work, 20
 of them for the convolutions with k = 4. Entropy is that of the digits (real images: FD 0.3, 3.31 bits).
 
-                            FD(digits)      entropy, bits
-    perceptrons, k = 0    778.9 +- 61.4      0.01 +- 0.02
-    perceptrons, k = 4    209.6 +- 23.5      1.64 +- 0.10
-    convolutions, k = 0    29.8 +- 11.0      3.09 +- 0.06
-    convolutions, k = 4    43.9 +- 18.2      2.89 +- 0.27
+                           FD(digits)     entropy, bits
+    perceptrons, k = 0    778.9 ± 61.4      0.01 ± 0.02
+    perceptrons, k = 4    209.6 ± 23.5      1.64 ± 0.10
+    convolutions, k = 0    29.8 ± 11.0      3.09 ± 0.06
+    convolutions, k = 4    43.9 ± 18.2      2.89 ± 0.27
 
 Perceptrons take 2,000 steps without momentum. With k = 0 all seeds end in noise that is read as one digit, with k = 4
 all draw many digits, though noisy ones. gan.py's networks, 1,000 steps of ns, are spread over all digits with k = 0, so
