@@ -10,9 +10,7 @@ network by WebAssembly on one thread. The page's address holds the seeds, so a l
 loads the package from jsdelivr.net; it was tried only with the package's own files served under that address.
 
 Of 68 samples of a 32 px run, drawn in Chromium at four bounds of z, the largest difference from gan.py is 1 of 255
-levels, in 1.3% of the values. The sizes and speeds in recipes/README.md are of untrained weights, in Chromium 156
-without a display, beside two trainings on 2 cores of an AMD EPYC. docs/play.html is the run of docs/experiments.md that
-did not see a fifth of the flowers.
+levels, in 1.3% of the values. docs/play.html is the run of docs/experiments.md that did not see a fifth of the flowers.
 
 play.html beside this file is the template. Takes `write_onnx`, `load_onnx` and `check_onnx` from export.py and
 `run_command` from report.py.
