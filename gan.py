@@ -737,7 +737,7 @@ def lacks_memory(error):
 def cause(error):
     """Returns the kind and the first sentence of an error; what follows is advice, such as to unpickle."""
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    sentence = str(getattr(error, "strerror", None) or error).partition("\n")[0].partition(". ")[0]
+    sentence = str(getattr(error, "strerror", None) or error).partition("\n")[0].partition(". ")[0].rstrip(":")
     return f"{kind}{sentence:.150}"
 
 
@@ -946,7 +946,7 @@ def fetch_flowers(folder):
 
 def load_torchvision(data, size, channels, data_dir):
     """Loads a data set of torchvision, as `load_images` does; its class names are numbers, or CIFAR's words."""
-    with reading(data_dir, f"folder of {data}"):
+    with reading(data_dir, f"folder of {data}, nor can it be downloaded"):
         dataset = getattr(torchvision.datasets, TORCHVISION[data])(data_dir, download=True)
         images = torch.as_tensor(dataset.data)
         labels = torch.as_tensor(dataset.targets)
@@ -1766,7 +1766,7 @@ def scorer(images, extractor, device):
     try:
         network = metrics.load_extractor(extractor, device)
     except metrics.WeightsMissing as error:
-        missing = str(error)
+        missing = f"{error}; only SWD is measured"
 
         def score_patches(samples):
             some = torch.cat(list(itertools.islice(samples, 128)))  # batches of 64

@@ -828,7 +828,7 @@ def lacks_memory(error):
 def cause(error):
     """Returns the kind and the first sentence of an error; what follows is advice, such as to unpickle."""
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    sentence = str(getattr(error, "strerror", None) or error).partition("\n")[0].partition(". ")[0]
+    sentence = str(getattr(error, "strerror", None) or error).partition("\n")[0].partition(". ")[0].rstrip(":")
     return f"{kind}{sentence:.150}"
 
 

@@ -1606,6 +1606,14 @@ def test_load_torchvision_reads_colours(monkeypatch):
     assert gan.hash_of(images) == hashlib.sha256(pixels.transpose(0, 3, 1, 2).tobytes()).hexdigest()
 
 
+def test_load_torchvision_says_that_a_download_failed(monkeypatch, tmp_path):
+    """torchvision's own message of several lines, of which the first ends with a colon."""
+    failure = RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nTried https://mirror, got: offline")
+    monkeypatch.setattr(torchvision.datasets, "MNIST", raising(failure))
+    with pytest.raises(gan.UserError, match="nor can it be downloaded.*train-images-idx3-ubyte.gz$"):
+        gan.load_images("mnist", 32, 1, str(tmp_path))
+
+
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
     """Lets the download give an archive of 1,360 pictures, each of its class's shade; returns a folder for data."""
@@ -3323,7 +3331,7 @@ def test_evaluate_draws_a_grid_for_each_bound(own_run, extractor_file):
 
 
 def test_evaluate_without_weights_measures_swd_alone(own_run, folder, tmp_path, monkeypatch, capsys):
-    """metrics.sliced_wasserstein, by hand; a line says how to get the weights."""
+    """metrics.sliced_wasserstein, by hand; a line says how to get the weights, and what is measured without them."""
     monkeypatch.setattr(torch.hub, "download_url_to_file", raising(urllib.error.URLError("offline")))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     [row] = gan.evaluate(own_run, [0.5], 30, device="cpu")
@@ -3332,7 +3340,9 @@ def test_evaluate_without_weights_measures_swd_alone(own_run, folder, tmp_path, 
     samples = gan.generate(gan.load_generator(own_run, trunc=0.5)[0], 30, labels[order].tolist())
     assert row["SWD"] == metrics.sliced_wasserstein(images, samples)
     assert row["network"] is None
-    assert "--extractor" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "--extractor" in err
+    assert "only SWD" in err
 
 
 def test_eval_command_knows_the_home_of_the_user(own_run, tmp_path, monkeypatch, capsys):
