@@ -88,7 +88,7 @@ def export(net, path):
 
 def load_test_set(data, size, channels, data_dir):
     """Loads the images of a named data set that are for testing: uint8 [N,channels,size,size], int64 labels [N]."""
-    with gan.reading(data_dir, f"folder of {data}"):
+    with gan.reading(data_dir, f"folder of {data}, nor can it be downloaded"):
         dataset = getattr(torchvision.datasets, gan.TORCHVISION[data])(data_dir, train=False, download=True)
         images = [gan.fit(pil_to_tensor(image), size, channels) for image, _ in dataset]
     return torch.stack(images), torch.as_tensor(dataset.targets)

@@ -6,12 +6,11 @@ import shlex
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
+import classifier
 import gan
 
 README = Path(gan.__file__).with_name("README.md").read_text()
@@ -48,15 +47,10 @@ def folder(monkeypatch, tmp_path):
     """Puts a FOLDER of two classes and net.pt2, a network, where the program looks for them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gan, "cache_folder", lambda: tmp_path / "cache")
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), dtype=np.uint8)
+    images, _, _ = gan.load_images("synthetic", 64, 3)
     for i, name in enumerate(5 * ["rose", "daisy"]):
-        path = tmp_path / "FOLDER" / name / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels[i]).save(path)
-    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
-    shapes = {"input": {0: torch.export.Dim("n")}}
-    program = torch.export.export(network, (torch.rand(2, 3, 64, 64),), dynamic_shapes=shapes)
-    torch.export.save(program, tmp_path / "net.pt2")
+        gan.write_picture(tmp_path / "FOLDER" / name / f"{i}.png", images[i])
+    classifier.export(classifier.Classifier().eval(), tmp_path / "net.pt2")
 
 
 def test_example_compares_samples_of_a_run_with_its_images(folder, capsys):
